@@ -1,0 +1,53 @@
+"""Strict mode and shared fixtures: types and shapes checked, promotions refused, eight CPU devices, one compile cache.
+
+The settings are made before any sdx module is imported. They are of this process only: subprocesses that tests start
+run sdx as a user would.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CHECKED_PACKAGES = ["data", "diffusion", "models", "parallel", "sampling", "training", "weights"]
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPOSITORY / ".pytest_cache" / "xla")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+# config is left out: OmegaConf reads its dataclasses while group fields still hold "???".
+install_import_hook([f"sdx.{name}" for name in CHECKED_PACKAGES], "beartype.beartype")
+
+
+@pytest.fixture
+def repository() -> Path:
+    """Root of the checkout under test."""
+    return REPOSITORY
+
+
+def require(found: bool, what: str) -> None:
+    """Skips the test where `what` is missing; fails it where CI promised that nothing is."""
+    if not found and os.environ.get("SDX_REQUIRE_ALL") == "1":
+        pytest.fail(f"{what} is missing, and SDX_REQUIRE_ALL=1 says it must be there")
+    if not found:
+        pytest.skip(f"{what} is missing")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """Prints the ledger: seconds spent per test folder, so that budgets stay visible."""
+    seconds: dict[str, float] = defaultdict(float)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[str(Path(report.nodeid.split("::")[0]).parent)] += report.duration
+    terminalreporter.section("ledger")
+    for folder, spent in sorted(seconds.items(), key=lambda row: -row[1]):
+        terminalreporter.write_line(f"{spent:8.1f} s  {folder}")
+    yield

@@ -1,0 +1,80 @@
+"""The wheel is whole: built, put into an empty environment, it trains from another folder."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def wheel_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of a new environment that holds sdx's wheel and, by path, the packages it depends on."""
+    folder = tmp_path_factory.mktemp("wheel")
+    repository = Path(__file__).resolve().parents[1]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        str(folder),
+    ]
+    subprocess.run([*build, str(repository)], check=True)
+    venv.create(folder / "env", with_pip=False)
+    python = folder / "env" / "bin" / "python"
+    site = Path(
+        subprocess.run(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    )
+    (wheel,) = folder.glob("sdx-*.whl")
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(site),
+    ]
+    subprocess.run([*install, str(wheel)], check=True)
+    # A path line does not execute the .pth files in that folder: our own editable install stays invisible.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [str(python), "-m", "sdx.train", *arguments]
+    return subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True)
+
+
+def test_wheel_carries_configuration_and_model(wheel_python: Path, tmp_path: Path) -> None:
+    where = subprocess.run(
+        [wheel_python, "-c", "import sdx; print(sdx.__file__)"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert str(wheel_python.parents[1]) in where, where
+    shown = run(wheel_python, tmp_path, "--cfg", "job")
+    assert shown.returncode == 0, shown.stderr
+    assert "name: tiny" in shown.stdout
+
+
+def test_wheel_trains_from_another_folder(wheel_python: Path, tmp_path: Path) -> None:
+    short = ["debug=fast", "train.max_steps=2", "sample.num_adherence_prompts=null"]
+    trained = run(wheel_python, tmp_path, *short)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    (metrics,) = tmp_path.glob("outputs/*/metrics.jsonl")
+    assert len(metrics.read_text().splitlines()) >= 1
