@@ -1,9 +1,9 @@
 """The procedural data set: one coloured shape on a coloured background, and its caption.
 
 Owns the attributes, their captions and their drawing; `adherence.py` judges such pictures from
-pixels alone. Example i depends on nothing but i, so the set is unlimited, and a fifth of the (shape,
-colour, background) triples is kept out of training, in every size, so that pictures of them show
-what was composed rather than remembered.
+pixels alone. Example i depends on nothing but i, so the set is unlimited, and a fifth of the
+(shape, colour, background) triples is kept out of training, in every size, so that pictures of
+them show what was composed rather than remembered.
 """
 
 import hashlib
