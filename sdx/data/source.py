@@ -1,0 +1,68 @@
+"""What a source of training examples is, and how one says that its data is bad.
+
+A source is a fixed list: its length and order never change while a run lives, so the order of training can be a function
+of (seed, epoch, position) alone. Shuffling, cropping, choosing captions and batching are the loader's business.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import UInt8
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image as a viewer shows it, at its own size, and at least one caption."""
+
+    image: UInt8[np.ndarray, "H W 3"]
+    captions: tuple[str, ...]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Examples by index. `fingerprint` names the content: it is equal exactly where the examples are.
+
+    `__getitem__` raises `BadImageError` for an example that can no longer be read; the loader gives it weight 0.
+    """
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that is left out: its path as the source names it, a short reason, and what was seen."""
+
+    path: str
+    reason: str
+    detail: str = ""
+
+
+class BadImageError(ValueError):
+    """One image cannot be used; `reason` is short and countable, the message says what was seen."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class DataError(ValueError):
+    """The data cannot be trained on as it is; raised before any device is touched, except for late-bad images."""
+
+    def __init__(self, message: str, bad_images: Sequence[BadImage] = ()):
+        super().__init__(message)
+        self.bad_images = tuple(bad_images)
+
+
+def count_reasons(bad_images: Sequence[BadImage]) -> str:
+    """`truncated × 3, empty × 1`: the reasons, most frequent first."""
+    counts = Counter(bad.reason for bad in bad_images)
+    return ", ".join(f"{reason} × {count}" for reason, count in counts.most_common())
