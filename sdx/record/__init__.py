@@ -1,0 +1,2 @@
+"""A run on disk: its folder, status, lock, provenance, attempts and metrics. No JAX, no
+configuration classes."""

@@ -1,0 +1,65 @@
+"""Files that are either the old or the new one, never half of each, and carry no secret.
+
+Everything a run folder holds as text goes through here, except the append-only streams (metrics,
+log).
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path, PurePath
+from typing import Any
+
+from sdx.record.redact import redact
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` in one act, secrets blotted out; a crash leaves the old file or the new
+    one."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(redact(text))
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut can leave the new name on an empty file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replaces `path` in one act; enums are written by member name, paths as text."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in `path`, or None when there is no such file. Raises ValueError when it is not a
+    JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: not readable as JSON ({error}); move it away to go on."
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds {type(value).__name__}, not a JSON object.")
+    return value
+
+
+def now() -> str:
+    """This moment in UTC, to the second, as every record spells it: 2026-11-21T21:05:00Z."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

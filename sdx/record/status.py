@@ -1,0 +1,57 @@
+"""What became of a run: `status.json`, the first place to look for whether a run is done (DESIGN:
+exit codes come second)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from sdx.record.files import now, read_json, write_json
+from sdx.record.lock import is_held
+from sdx.record.paths import RunPaths
+
+
+class Status(Enum):
+    queued = "queued"
+    running = "running"
+    interrupted = "interrupted"
+    finished = "finished"
+    failed = "failed"
+    pruned = "pruned"
+    cancelled = "cancelled"
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """`step` is the last step done as far as known; `reason` one line for people, or None."""
+
+    status: Status
+    step: int
+    updated: str
+    reason: str | None = None
+
+
+def write_status(
+    paths: RunPaths, status: Status, *, step: int, reason: str | None = None
+) -> RunStatus:
+    written = RunStatus(status, step, now(), reason)
+    fields: Mapping[str, Any] = {
+        "status": status,
+        "step": step,
+        "updated": written.updated,
+        "reason": reason,
+    }
+    write_json(paths.status, fields)
+    return written
+
+
+def read_status(paths: RunPaths) -> RunStatus | None:
+    """The status of the run, or None if there is none; `running` whose lock is dead reads as
+    interrupted."""
+    fields = read_json(paths.status)
+    if fields is None:
+        return None
+    status = Status[fields["status"]]
+    if status is Status.running and not is_held(paths.lock):
+        status = Status.interrupted
+    return RunStatus(status, int(fields["step"]), fields["updated"], fields.get("reason"))
