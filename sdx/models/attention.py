@@ -1,0 +1,226 @@
+"""Attention, and the transformer blocks of the UNet around it.
+
+The function that computes attention is handed in (`AttentionFn`), so that a kernel can be swapped without touching a
+network; `dot_product_attention` is the plain one, the reference for all others.
+"""
+
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sdx.config.schema import AttentionKind, Platform
+from sdx.models.layers import Conv2d, GroupNorm, LayerNorm, Linear, Numerics
+
+# diffusers fixes this one in Transformer2DModel; `norm_eps` of the config is for ResNet blocks and the output.
+TRANSFORMER_NORM_EPS = 1e-6
+FEED_FORWARD_FACTOR = 4
+
+
+@runtime_checkable  # beartype checks arguments against it in tests
+class AttentionFn(Protocol):
+    """softmax(query key^T / sqrt(d)) value for each head; softmax in float32, the result in the query's type.
+
+    `upcast` computes the logits from float32 copies of query and key (config `upcast_attention`).
+    """
+
+    def __call__(
+        self,
+        query: Float[Array, "b s h d"],
+        key: Float[Array, "b t h d"],
+        value: Float[Array, "b t h d"],
+        *,
+        upcast: bool,
+        precision: jax.lax.Precision,
+    ) -> Float[Array, "b s h d"]: ...
+
+
+def dot_product_attention(
+    query: Float[Array, "b s h d"],
+    key: Float[Array, "b t h d"],
+    value: Float[Array, "b t h d"],
+    *,
+    upcast: bool,
+    precision: jax.lax.Precision,
+    is_causal: bool = False,
+) -> Float[Array, "b s h d"]:
+    """Attention written out (Vaswani et al. 2017, arXiv 1706.03762, equation 1); holds all s x t weights."""
+    dtype, scale = query.dtype, query.shape[-1] ** -0.5
+    if upcast:
+        query, key = query.astype(jnp.float32), key.astype(jnp.float32)
+    logits = scale * jnp.einsum(
+        "bshd,bthd->bhst", query, key, precision=precision, preferred_element_type=jnp.float32
+    )
+    if is_causal:
+        visible = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+        logits = jnp.where(visible, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(dtype)
+    return jnp.einsum("bhst,bthd->bshd", weights, value, precision=precision)
+
+
+KERNELS: dict[AttentionKind, AttentionFn] = {AttentionKind.dot_product: dot_product_attention}
+AUTO: dict[Platform, AttentionKind] = {
+    Platform.cpu: AttentionKind.dot_product,
+    Platform.gpu: AttentionKind.dot_product,
+    Platform.tpu: AttentionKind.dot_product,
+}
+
+
+def select_attention(kind: AttentionKind, platform: Platform) -> AttentionFn:
+    """The attention function for `attention.kind`; auto picks by platform."""
+    return KERNELS[AUTO[platform] if kind is AttentionKind.auto else kind]
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of `x` over `context` (over itself where none is given)."""
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        context_features: int,
+        num_heads: int,
+        qkv_bias: bool,
+        upcast: bool,
+        attention: AttentionFn,
+        numerics: Numerics,
+        rngs: nnx.Rngs,
+    ):
+        common: dict[str, Any] = {"numerics": numerics, "rngs": rngs}
+        self.to_q = Linear(features, features, use_bias=qkv_bias, **common)
+        self.to_k = Linear(context_features, features, use_bias=qkv_bias, **common)
+        self.to_v = Linear(context_features, features, use_bias=qkv_bias, **common)
+        self.to_out = nnx.List([Linear(features, features, **common)])
+        self.num_heads = num_heads
+        self.upcast = upcast
+        self.attention = attention
+        self.precision = numerics.precision
+
+    def __call__(
+        self, x: Float[Array, "b s c"], context: Float[Array, "b t d"] | None = None
+    ) -> Float[Array, "b s c"]:
+        context = x if context is None else context
+        query, key, value = (
+            split_heads(y, self.num_heads)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        y = self.attention(query, key, value, upcast=self.upcast, precision=self.precision)
+        return self.to_out[0](y.reshape(x.shape))
+
+
+class GEGLU(nnx.Module):
+    """A product gated by the exact (erf) GELU of its other half (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, features: int, hidden: int, *, numerics: Numerics, rngs: nnx.Rngs):
+        self.proj = Linear(features, 2 * hidden, numerics=numerics, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b s c"]) -> Float[Array, "b s e"]:
+        y, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return y * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    """GEGLU and a product back; places 0 and 2 of diffusers' `net`, whose 1 is a dropout."""
+
+    def __init__(self, features: int, *, numerics: Numerics, rngs: nnx.Rngs):
+        hidden = FEED_FORWARD_FACTOR * features
+        self.net = nnx.Dict(
+            {
+                "0": GEGLU(features, hidden, numerics=numerics, rngs=rngs),
+                "2": Linear(hidden, features, numerics=numerics, rngs=rngs),
+            }
+        )
+
+    def __call__(self, x: Float[Array, "b s c"]) -> Float[Array, "b s c"]:
+        return self.net["2"](self.net["0"](x))
+
+
+class TransformerBlock(nnx.Module):
+    """Self-attention, attention over the context, feed-forward (diffusers `BasicTransformerBlock`)."""
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        context_features: int,
+        num_heads: int,
+        upcast: bool,
+        attention: AttentionFn,
+        numerics: Numerics,
+        rngs: nnx.Rngs,
+    ):
+        common: dict[str, Any] = {
+            "num_heads": num_heads,
+            "qkv_bias": False,
+            "upcast": upcast,
+            "attention": attention,
+            "numerics": numerics,
+            "rngs": rngs,
+        }
+        self.norm1 = LayerNorm(features, numerics=numerics)
+        self.attn1 = Attention(features, context_features=features, **common)
+        self.norm2 = LayerNorm(features, numerics=numerics)
+        self.attn2 = Attention(features, context_features=context_features, **common)
+        self.norm3 = LayerNorm(features, numerics=numerics)
+        self.ff = FeedForward(features, numerics=numerics, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b s c"], context: Float[Array, "b t d"]
+    ) -> Float[Array, "b s c"]:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nnx.Module):
+    """A transformer block over the pixels of an image, plus a shortcut (diffusers `Transformer2DModel`).
+
+    The projections around it are linear in SD 2.x and 1x1 convolutions in 1.x: the same product, other kernel shapes.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        context_features: int,
+        num_heads: int,
+        num_groups: int,
+        use_linear_projection: bool,
+        upcast: bool,
+        attention: AttentionFn,
+        numerics: Numerics,
+        rngs: nnx.Rngs,
+    ):
+        def projection() -> Linear | Conv2d:
+            if use_linear_projection:
+                return Linear(channels, channels, numerics=numerics, rngs=rngs)
+            return Conv2d(channels, channels, 1, numerics=numerics, rngs=rngs)
+
+        self.norm = GroupNorm(num_groups, channels, eps=TRANSFORMER_NORM_EPS, numerics=numerics)
+        self.proj_in = projection()
+        block = TransformerBlock(
+            channels,
+            context_features=context_features,
+            num_heads=num_heads,
+            upcast=upcast,
+            attention=attention,
+            numerics=numerics,
+            rngs=rngs,
+        )
+        self.transformer_blocks = nnx.List([block])
+        self.proj_out = projection()
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], context: Float[Array, "b t d"]
+    ) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        y = self.proj_in(self.norm(x)).reshape(b, h * w, c)
+        y = self.transformer_blocks[0](y, context).reshape(b, h, w, c)
+        return x + self.proj_out(y)
+
+
+def split_heads(x: Float[Array, "b s c"], num_heads: int) -> Float[Array, "b s {num_heads} d"]:
+    """The channels of `x`, head by head."""
+    return x.reshape(*x.shape[:2], num_heads, -1)

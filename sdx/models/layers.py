@@ -1,0 +1,257 @@
+"""The thin layers that every network here is made of: convolution, product, norms, embeddings, resampling.
+
+Layout is NHWC, convolution kernels are HWIO, linear kernels are (in, out). Parameters are kept in `Numerics.param_dtype`
+and cast to `Numerics.dtype` where they are used; statistics of norms and the timestep embedding are float32.
+Initial values are torch's defaults, because a UNet trained from random should start where its peer starts: uniform within
+1 / sqrt(fan_in) for kernels and biases (torch/nn/modules/linear.py and conv.py, `reset_parameters`).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+# Symmetric padding of one pixel: what every 3x3 convolution has, save the VAE encoder's strided ones.
+SAME = ((1, 1), (1, 1))
+# Base of the sinusoids (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
+MAX_PERIOD = 10_000.0
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How a network computes: type of activations, type of stored parameters, precision of products."""
+
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    precision: jax.lax.Precision
+
+
+class Linear(nnx.Module):
+    """A product with a kernel (in, out), plus bias."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        numerics: Numerics,
+        rngs: nnx.Rngs,
+    ):
+        shape = (in_features, out_features)
+        self.kernel = _uniform(shape, in_features, numerics, rngs)
+        self.bias = _uniform((out_features,), in_features, numerics, rngs) if use_bias else None
+        self.numerics = numerics
+
+    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
+        dtype = self.numerics.dtype
+        y = jnp.matmul(
+            x.astype(dtype), self.kernel[...].astype(dtype), precision=self.numerics.precision
+        )
+        return y if self.bias is None else y + _across(self.bias[...].astype(dtype), y)
+
+
+class Conv2d(nnx.Module):
+    """A convolution with a square kernel; 1x1 has no padding, 3x3 one pixel on every side."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        *,
+        stride: int = 1,
+        padding: tuple[tuple[int, int], tuple[int, int]] = SAME,
+        numerics: Numerics,
+        rngs: nnx.Rngs,
+    ):
+        fan_in = in_channels * kernel_size * kernel_size
+        shape = (kernel_size, kernel_size, in_channels, out_channels)
+        self.kernel = _uniform(shape, fan_in, numerics, rngs)
+        self.bias = _uniform((out_channels,), fan_in, numerics, rngs)
+        self.is_product = kernel_size == 1
+        self.stride = stride
+        self.padding = padding
+        self.numerics = numerics
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        dtype, precision = self.numerics.dtype, self.numerics.precision
+        kernel = self.kernel[...].astype(dtype)
+        if self.is_product:
+            y = jnp.matmul(x.astype(dtype), kernel[0, 0], precision=precision)
+        else:
+            y = jax.lax.conv_general_dilated(
+                x.astype(dtype),
+                kernel,
+                window_strides=(self.stride, self.stride),
+                padding=self.padding,
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                precision=precision,
+            )
+        return y + _across(self.bias[...].astype(dtype), y)
+
+
+class GroupNorm(nnx.Module):
+    """Normalises groups of channels over all pixels (Wu & He 2018, arXiv 1803.08494); statistics in float32."""
+
+    def __init__(self, num_groups: int, channels: int, *, eps: float, numerics: Numerics):
+        self.scale = nnx.Param(jnp.ones((channels,), numerics.param_dtype))
+        self.bias = nnx.Param(jnp.zeros((channels,), numerics.param_dtype))
+        self.num_groups = num_groups
+        self.eps = eps
+        self.dtype = numerics.dtype
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        grouped = x.astype(jnp.float32).reshape(b, h * w, self.num_groups, c // self.num_groups)
+        normal = _standardise(grouped, (1, 3), self.eps).reshape(b, h, w, c)
+        return _scale_and_shift(normal, self.scale[...], self.bias[...]).astype(self.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Normalises the last dim (Ba et al. 2016, arXiv 1607.06450); statistics in float32."""
+
+    def __init__(self, features: int, *, eps: float = 1e-5, numerics: Numerics):
+        self.scale = nnx.Param(jnp.ones((features,), numerics.param_dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), numerics.param_dtype))
+        self.eps = eps
+        self.dtype = numerics.dtype
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        normal = _standardise(x.astype(jnp.float32), (-1,), self.eps)
+        return _scale_and_shift(normal, self.scale[...], self.bias[...]).astype(self.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, drawn from N(0, 0.02) as transformers' CLIP draws them."""
+
+    def __init__(self, num_embeddings: int, features: int, *, numerics: Numerics, rngs: nnx.Rngs):
+        shape = (num_embeddings, features)
+        self.embedding = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), shape, numerics.param_dtype)
+        )
+        self.dtype = numerics.dtype
+
+    def __call__(self, indices: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
+        return jnp.take(self.embedding[...], indices, axis=0).astype(self.dtype)
+
+
+class Upsample(nnx.Module):
+    """Nearest-neighbour enlargement to a given size, then a convolution."""
+
+    def __init__(self, channels: int, *, numerics: Numerics, rngs: nnx.Rngs):
+        self.conv = Conv2d(channels, channels, numerics=numerics, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], size: tuple[int, int]
+    ) -> Float[Array, "b h2 w2 c"]:
+        return self.conv(_nearest(x, size))
+
+
+class Downsample(nnx.Module):
+    """A convolution of stride 2; `padding` is symmetric in the UNet, (0, 1) a side in the VAE encoder."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        padding: tuple[tuple[int, int], tuple[int, int]],
+        numerics: Numerics,
+        rngs: nnx.Rngs,
+    ):
+        self.conv = Conv2d(
+            channels, channels, stride=2, padding=padding, numerics=numerics, rngs=rngs
+        )
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        return self.conv(x)
+
+
+class ResnetBlock(nnx.Module):
+    """Two normalised convolutions around a timestep shift, plus a shortcut (diffusers `ResnetBlock2D`).
+
+    The VAE has no timestep: `time_features=None`, and `time` is not given.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        time_features: int | None,
+        num_groups: int,
+        eps: float,
+        numerics: Numerics,
+        rngs: nnx.Rngs,
+    ):
+        common: dict[str, Any] = {"numerics": numerics, "rngs": rngs}
+        self.norm1 = GroupNorm(num_groups, in_channels, eps=eps, numerics=numerics)
+        self.conv1 = Conv2d(in_channels, out_channels, **common)
+        self.time_emb_proj = (
+            None if time_features is None else Linear(time_features, out_channels, **common)
+        )
+        self.norm2 = GroupNorm(num_groups, out_channels, eps=eps, numerics=numerics)
+        self.conv2 = Conv2d(out_channels, out_channels, **common)
+        self.conv_shortcut = (
+            None if in_channels == out_channels else Conv2d(in_channels, out_channels, 1, **common)
+        )
+
+    def __call__(
+        self, x: Float[Array, "b h w i"], time: Float[Array, "b e"] | None = None
+    ) -> Float[Array, "b h w o"]:
+        hidden = self.conv1(jax.nn.silu(self.norm1(x)))
+        if self.time_emb_proj is not None:
+            assert time is not None
+            hidden = hidden + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
+        hidden = self.conv2(jax.nn.silu(self.norm2(hidden)))
+        return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+def timestep_embedding(
+    timesteps: Int[Array, "b"], features: int, *, flip_sin_to_cos: bool, freq_shift: int
+) -> Float[Array, "b {features}"]:
+    """Sinusoids of the timesteps, float32; cosines come first with `flip_sin_to_cos`.
+
+    Ho et al. 2020 (arXiv 2006.11239, appendix B); diffusers `get_timestep_embedding`. `features` is even.
+    """
+    half = features // 2
+    exponents = -math.log(MAX_PERIOD) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
+    angles = timesteps.astype(jnp.float32)[:, None] * jnp.exp(exponents)[None, :]
+    waves = [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.concatenate(waves[::-1] if flip_sin_to_cos else waves, axis=-1)
+
+
+def _standardise(x: Array, axes: tuple[int, ...], eps: float) -> Array:
+    """Two passes, mean first: one pass loses the variance to cancellation where the mean is large."""
+    centred = x - jnp.mean(x, axes, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axes, keepdims=True) + eps)
+
+
+def _scale_and_shift(x: Array, scale: Array, bias: Array) -> Array:
+    return x * _across(scale.astype(x.dtype), x) + _across(bias.astype(x.dtype), x)
+
+
+def _across(per_channel: Array, x: Array) -> Array:
+    """`per_channel` with as many dims as `x`: broadcasts are spelt out, so a wrong rank cannot pass."""
+    return per_channel.reshape((1,) * (x.ndim - 1) + per_channel.shape)
+
+
+def _nearest(x: Array, size: tuple[int, int]) -> Array:
+    b, h, w, c = x.shape
+    if size == (2 * h, 2 * w):  # a broadcast; the gather below costs ten times as much on CPU
+        doubled = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+        return doubled.reshape(b, 2 * h, 2 * w, c)
+    rows, columns = (jnp.arange(new) * old // new for new, old in zip(size, (h, w), strict=True))
+    return x[:, rows][:, :, columns]
+
+
+def _uniform(
+    shape: tuple[int, ...], fan_in: int, numerics: Numerics, rngs: nnx.Rngs
+) -> nnx.Param[Array]:
+    bound = 1.0 / math.sqrt(fan_in)
+    return nnx.Param(jax.random.uniform(rngs.params(), shape, numerics.param_dtype, -bound, bound))
