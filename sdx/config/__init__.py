@@ -1,0 +1,1 @@
+"""One typed configuration: schema, composition, checks, errors and identity. No JAX here."""

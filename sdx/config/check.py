@@ -1,0 +1,368 @@
+"""Rules a configuration must meet beyond the type of each key, all checked at once.
+
+Pure and machine-independent: no device, file or network is looked at, so a configuration for a pod can be checked on a
+laptop. What only the machine knows is checked where the job runs.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+
+from sdx.config import resolve
+from sdx.config.errors import Problem, any_of
+from sdx.config.leaves import Leaf, leaves, plain, spelled, value
+from sdx.config.schema import (
+    Config,
+    DataKind,
+    DownBlock,
+    LrScheduleKind,
+)
+
+
+def check(config: Config) -> list[Problem]:
+    """Everything wrong with `config`; an empty list means it may run."""
+    problems = [*_bounds(config), *_without_effect(config)]
+    for rule in _RULES:
+        problems += rule(config)
+    return problems
+
+
+def check_given(config: Config, given: Iterable[str]) -> list[Problem]:
+    """Keys a person typed that another key overrules, so that no choice is ignored in silence."""
+    problems = []
+    for path in sorted(set(given) & set(_OVERRULED_BY)):
+        winner = _OVERRULED_BY[path]
+        typed, winning = value(config, path), value(config, winner)
+        if typed is None or winning is None or _agrees(config, path):
+            continue
+        rule = f"has no effect, {winner}={spelled(winning)} wins"
+        problems.append(Problem(path, spelled(typed), rule, f"add {winner}=null"))
+    return problems
+
+
+def has_effect(config: Config, path: str) -> bool:
+    """Whether the key at `path` changes anything, given the other keys."""
+    return path not in _NEEDS or _NEEDS[path][0](config)
+
+
+_OVERRULED_BY = {
+    "train.epochs": "train.max_steps",
+    "train.per_device_batch_size": "train.global_batch_size",
+}
+
+
+def _agrees(config: Config, path: str) -> bool:
+    """Whether a per-device size and a global size that are both set say the same."""
+    train, devices = config.train, config.hardware.num_devices
+    if path != "train.per_device_batch_size" or devices is None:
+        return False
+    assert train.per_device_batch_size is not None
+    product = train.per_device_batch_size * devices * train.gradient_accumulation
+    return product == train.global_batch_size
+
+
+def _is_shapes(config: Config) -> bool:
+    return config.data.kind is DataKind.shapes
+
+
+def _is_imagefolder(config: Config) -> bool:
+    return config.data.kind is DataKind.imagefolder
+
+
+def _warms_up(config: Config) -> bool:
+    return config.lr_schedule.kind is not LrScheduleKind.constant
+
+
+def _counts_from_decay(config: Config) -> bool:
+    return (
+        config.lr_schedule.kind in resolve.DECAYING
+        or config.lr_schedule.warmup_fraction is not None
+    )
+
+
+def _is_polynomial(config: Config) -> bool:
+    return config.lr_schedule.kind is LrScheduleKind.polynomial
+
+
+def _restarts(config: Config) -> bool:
+    return config.lr_schedule.kind is LrScheduleKind.cosine_with_restarts
+
+
+# Keys that do something only in company: the condition, and how to meet it.
+_NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
+    "data.dir": (_is_imagefolder, "data=imagefolder"),
+    "data.caption_column": (_is_imagefolder, "data=imagefolder"),
+    "data.max_bad_fraction": (_is_imagefolder, "data=imagefolder"),
+    "data.max_pixels": (_is_imagefolder, "data=imagefolder"),
+    "data.interpolation": (_is_imagefolder, "data=imagefolder"),
+    "data.num_examples": (_is_shapes, "data=shapes"),
+    "sample.num_adherence_prompts": (_is_shapes, "data=shapes"),
+    "train.ema_decay": (lambda config: config.train.ema, "train.ema=true"),
+    "lr_schedule.warmup_steps": (_warms_up, "lr_schedule=constant_with_warmup"),
+    "lr_schedule.warmup_fraction": (_warms_up, "lr_schedule=constant_with_warmup"),
+    "lr_schedule.decay_steps": (_counts_from_decay, "a schedule that decays, such as cosine"),
+    "lr_schedule.num_cycles": (_restarts, "lr_schedule=cosine_with_restarts"),
+    "lr_schedule.power": (_is_polynomial, "lr_schedule=polynomial"),
+    "lr_schedule.end_lr": (_is_polynomial, "lr_schedule=polynomial"),
+}
+
+
+def _bounds(config: Config) -> Iterator[Problem]:
+    for leaf in leaves().values():
+        got = value(config, leaf.path)
+        if isinstance(got, int | float) and (rule := _outside(leaf, got)):
+            yield Problem(leaf.path, spelled(got), rule)
+
+
+def _outside(leaf: Leaf, got: float) -> str | None:
+    low, high, above, below = leaf.at_least, leaf.at_most, leaf.above, leaf.below
+    inside = (
+        (low is None or got >= low)
+        and (high is None or got <= high)
+        and (above is None or got > above)
+        and (below is None or got < below)
+    )
+    return None if inside and got == got else f"must be {bounds_text(leaf)}"
+
+
+def bounds_text(leaf: Leaf) -> str:
+    """`at least 0 and below 1`, or nothing."""
+    words = {
+        "at least": leaf.at_least,
+        "above": leaf.above,
+        "at most": leaf.at_most,
+        "below": leaf.below,
+    }
+    return " and ".join(f"{word} {limit:g}" for word, limit in words.items() if limit is not None)
+
+
+def _without_effect(config: Config) -> Iterator[Problem]:
+    for path, (_, company) in _NEEDS.items():
+        got = value(config, path)
+        if got != leaves()[path].default and not has_effect(config, path):
+            yield Problem(path, spelled(got), "has no effect here", f"it needs {company}")
+
+
+def _data(config: Config) -> Iterator[Problem]:
+    if _is_imagefolder(config) and not config.data.dir:
+        yield Problem("data.dir", None, "missing", "data=imagefolder needs data.dir=FOLDER")
+    if _is_shapes(config) and config.data.num_examples is None:
+        yield Problem("data.num_examples", "null", "data=shapes needs a number of examples")
+    split = config.data.split
+    if split in {"", ".", ".."} or os.path.basename(split) != split:
+        yield Problem("data.split", split, "must be the name of a split, not a path")
+
+
+def _length(config: Config) -> Iterator[Problem]:
+    if config.train.max_steps is None and config.train.epochs is None:
+        yield Problem("train.max_steps", "null", "missing", "set it or train.epochs")
+
+
+def _schedule(config: Config) -> Iterator[Problem]:
+    schedule = config.lr_schedule
+    steps, fraction = schedule.warmup_steps, schedule.warmup_fraction
+    if not _warms_up(config):
+        return
+    if steps is not None and fraction is not None:
+        rule = f"lr_schedule.warmup_steps={steps} is set too"
+        fix = "give one: add lr_schedule.warmup_steps=null"
+        yield Problem("lr_schedule.warmup_fraction", spelled(fraction), rule, fix)
+        return
+    if schedule.kind is LrScheduleKind.constant_with_warmup and steps is None and fraction is None:
+        yield Problem(
+            "lr_schedule.warmup_steps", "null", "missing", "set it or lr_schedule.warmup_fraction"
+        )
+    limit = schedule.decay_steps or config.train.max_steps
+    if steps is not None and limit is not None and steps >= limit:
+        name = "lr_schedule.decay_steps" if schedule.decay_steps else "train.max_steps"
+        rule = f"the warm-up must end before {name}={limit}"
+        yield Problem("lr_schedule.warmup_steps", str(steps), rule)
+    if _is_polynomial(config) and schedule.end_lr >= config.optimizer.lr:
+        rule = f"must be below optimizer.lr={spelled(config.optimizer.lr)}"
+        yield Problem("lr_schedule.end_lr", spelled(schedule.end_lr), rule)
+
+
+def _diffusion(config: Config) -> Iterator[Problem]:
+    start, end = config.diffusion.beta_start, config.diffusion.beta_end
+    if start >= end:
+        rule = f"must be below diffusion.beta_end={spelled(end)}"
+        yield Problem("diffusion.beta_start", spelled(start), rule)
+    if config.sample.num_steps > config.diffusion.num_train_timesteps:
+        rule = f"at most diffusion.num_train_timesteps={config.diffusion.num_train_timesteps}"
+        yield Problem("sample.num_steps", str(config.sample.num_steps), rule)
+
+
+def _resolution(config: Config) -> Iterator[Problem]:
+    pixels = resolve.resolution(config)
+    factor = resolve.vae_factor(config) * resolve.unet_factor(config)
+    if pixels % factor:
+        path = "data.resolution" if config.data.resolution else "model.resolution"
+        rule = f"must be a multiple of {factor} (VAE x UNet levels of model={config.model.name})"
+        yield Problem(path, str(pixels), rule, _neighbours(pixels, factor))
+
+
+def _architecture(config: Config) -> Iterator[Problem]:
+    unet, vae, text = config.model.unet, config.model.vae, config.model.text_encoder
+    yield from _same_length(config, "model.unet.block_out_channels", "model.unet.down_block_types")
+    yield from _same_length(
+        config, "model.unet.block_out_channels", "model.unet.attention_head_dim"
+    )
+    unet_groups, vae_groups = "model.unet.norm_num_groups", "model.vae.norm_num_groups"
+    yield from _divides(unet_groups, unet.norm_num_groups, unet.block_out_channels)
+    yield from _divides(vae_groups, vae.norm_num_groups, vae.block_out_channels)
+    attended = zip(
+        unet.block_out_channels, unet.attention_head_dim, unet.down_block_types, strict=False
+    )
+    levels = len(unet.block_out_channels)
+    for level, (channels, heads, kind) in enumerate(attended):
+        in_use = kind is DownBlock.CrossAttnDownBlock2D or level == levels - 1
+        if in_use and (heads < 1 or channels % heads):
+            rule = f"level {level}: {heads} heads must divide its {channels} channels"
+            yield Problem("model.unet.attention_head_dim", spelled(unet.attention_head_dim), rule)
+    heads = "model.text_encoder.num_attention_heads"
+    yield from _divides(heads, text.num_attention_heads, [text.hidden_size])
+    yield from _equal(config, "model.unet.cross_attention_dim", "model.text_encoder.hidden_size")
+    yield from _equal(config, "model.unet.in_channels", "model.vae.latent_channels")
+    yield from _equal(config, "model.unet.out_channels", "model.vae.latent_channels")
+    yield from _equal(config, "model.vae.out_channels", "model.vae.in_channels")
+    if config.model.text_encoder.max_position_embeddings < 3:
+        return
+
+
+def _same_length(config: Config, first: str, second: str) -> Iterator[Problem]:
+    one, other = value(config, first), value(config, second)
+    if not one or any(isinstance(item, int) and item < 1 for item in one):
+        yield Problem(first, spelled(one), "must be positive numbers, one for each level")
+    elif len(one) != len(other):
+        rule = f"must have {len(one)} items, as many as {first}={spelled(one)}"
+        yield Problem(second, spelled(other), rule)
+
+
+def _divides(path: str, got: int, channels: list[int]) -> Iterator[Problem]:
+    bad = [str(width) for width in channels if width % got] if got > 0 else []
+    if bad:
+        yield Problem(path, str(got), f"must divide {', '.join(dict.fromkeys(bad))} channels")
+
+
+def _equal(config: Config, first: str, second: str) -> Iterator[Problem]:
+    one, other = value(config, first), value(config, second)
+    if one != other:
+        yield Problem(first, spelled(one), f"must equal {second}={spelled(other)}")
+
+
+def _mesh(config: Config) -> Iterator[Problem]:
+    axes = mesh_axes(config)
+    bad = [name for name, size in axes.items() if size < 1 and size != -1]
+    for name in bad:
+        yield Problem(f"mesh.ici.{name}", str(axes[name]), "must be at least 1, or -1 to fill")
+    fills = [name for name, size in axes.items() if size == -1]
+    if len(fills) > 1:
+        rule = f"only one axis may fill, mesh.ici.{fills[0]} does"
+        yield Problem(f"mesh.ici.{fills[1]}", "-1", rule)
+    devices = config.hardware.num_devices
+    if not bad and len(fills) <= 1 and devices is not None:
+        yield from _mesh_size(config, axes, devices)
+
+
+def mesh_axes(config: Config) -> dict[str, int]:
+    """Axis sizes as configured, -1 for the one that fills."""
+    ici = config.mesh.ici
+    return {"data": ici.data, "fsdp": ici.fsdp, "tensor": ici.tensor}
+
+
+def _mesh_size(config: Config, axes: dict[str, int], devices: int) -> Iterator[Problem]:
+    named = f"{devices} device{'s' * (devices > 1)} of hardware={config.hardware.name}"
+    divisors = [size for size in range(1, devices + 1) if devices % size == 0]
+    odd = [name for name, size in axes.items() if size > 0 and devices % size]
+    for name in odd:
+        rule = f"must divide the {named}"
+        yield Problem(f"mesh.ici.{name}", str(axes[name]), rule, f"use {any_of(divisors)}")
+    product = 1
+    for size in axes.values():
+        product *= max(size, 1)
+    if odd or product == devices or (-1 in axes.values() and devices % product == 0):
+        return
+    sizes = " x ".join(f"{name} {size}" for name, size in axes.items() if size != -1)
+    fix = (
+        None
+        if -1 in axes.values()
+        else f"use mesh=dp, mesh=fsdp or axes whose product is {devices}"
+    )
+    yield Problem("mesh.ici", None, f"{sizes} is {product}, but there are {named}", fix)
+
+
+def _batch(config: Config) -> Iterator[Problem]:
+    train, devices = config.train, config.hardware.num_devices
+    if train.global_batch_size is None and train.per_device_batch_size is None:
+        yield Problem(
+            "train.per_device_batch_size", "null", "missing", "set it or train.global_batch_size"
+        )
+        return
+    if train.gradient_accumulation < 1 or (train.per_device_batch_size or 1) <= 0:
+        return  # the bounds say so
+    unit, formula = _batch_unit(config)
+    if train.global_batch_size is not None:
+        size = train.global_batch_size
+        if unit and size % unit:
+            rule = f"must be a multiple of {formula} = {unit}"
+            yield Problem("train.global_batch_size", str(size), rule, _neighbours(size, unit))
+    elif devices is not None and unit:
+        try:
+            size = resolve.global_batch_size(config)
+        except ValueError:
+            size = 0
+        if size == 0 or size % unit:
+            step = unit / devices / train.gradient_accumulation
+            rule = f"must be a multiple of {step:g} to give every part of the mesh whole examples"
+            got = spelled(train.per_device_batch_size)
+            yield Problem("train.per_device_batch_size", got, rule)
+
+
+def _batch_unit(config: Config) -> tuple[int, str]:
+    """What the global batch must be a multiple of, and how that is made; 0 where it is unknown."""
+    axes, devices = mesh_axes(config), config.hardware.num_devices
+    fixed = max(axes["tensor"], 1)
+    if -1 not in (axes["data"], axes["fsdp"]):
+        parts = axes["data"] * axes["fsdp"]
+    elif devices is None or devices % fixed:
+        return 0, ""
+    else:
+        parts = devices // fixed
+    accumulation = config.train.gradient_accumulation
+    formula = "mesh data x fsdp" + (" x gradient_accumulation" if accumulation > 1 else "")
+    return max(parts, 0) * accumulation, formula
+
+
+def _neighbours(got: int, unit: int) -> str:
+    lower, upper = got // unit * unit, -(-got // unit) * unit
+    return f"use {any_of(size for size in (lower, upper) if size)}"
+
+
+def _hardware(config: Config) -> Iterator[Problem]:
+    devices, hosts = config.hardware.num_devices, config.hardware.num_hosts
+    if devices is not None and devices % hosts:
+        rule = f"must be a multiple of hardware.num_hosts={hosts}"
+        yield Problem("hardware.num_devices", str(devices), rule)
+
+
+def _names(config: Config) -> Iterator[Problem]:
+    name = config.run.name
+    if name is not None and (name in {"", ".", ".."} or os.path.basename(name) != name):
+        yield Problem("run.name", name, "must be one folder name", "use run.output_dir for a path")
+    if not config.run.output_dir:
+        yield Problem("run.output_dir", "''", "must be a folder")
+    if config.run.resume_from is not None and not plain(config.run.resume_from):
+        yield Problem("run.resume_from", "''", "must be RUN or RUN@STEP, or null")
+
+
+_RULES: list[Callable[[Config], Iterator[Problem]]] = [
+    _data,
+    _length,
+    _schedule,
+    _diffusion,
+    _resolution,
+    _architecture,
+    _hardware,
+    _mesh,
+    _batch,
+    _names,
+]

@@ -1,0 +1,182 @@
+"""From overrides to one typed `Config`: by Hydra from `conf/`, or from a saved file without Hydra.
+
+Every fault is collected before anything is reported: overrides are first held against the schema one by one, the good ones
+are composed, and the result is checked as a whole.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sdx.config.check import check, check_given
+from sdx.config.errors import ConfigError, Problem, nearest
+from sdx.config.leaves import groups, leaves
+from sdx.config.overrides import explain, inspect
+from sdx.config.schema import SCHEMA_VERSION, Config
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_CHECKOUT = _PACKAGE.parent if (_PACKAGE.parent / "conf" / "config.yaml").is_file() else None
+
+CONF: Path = (_CHECKOUT or _PACKAGE) / "conf"  # the checkout's folder, or its copy in a wheel
+
+# What a saved configuration of each older schema_version must go through, in order.
+MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+
+def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Config:
+    """The configuration that `overrides` choose; raises ConfigError with everything that is wrong.
+
+    `config_dir` holds more options for the groups of `conf/`; `./conf` is searched as well.
+    """
+    folders = option_folders(config_dir)
+    inspected = inspect(overrides, folders)
+    problems = [*_shadowing(folders), *inspected.problems]
+    with composing(folders):
+        config, found = _composed(inspected.sound)
+    problems += found
+    if config is not None and not inspected.has_bad_choice:
+        suggested = {problem.suggested for problem in problems}
+        faults = [*check(config), *check_given(config, inspected.keys)]
+        problems += [fault for fault in faults if fault.path not in suggested]
+    if problems or config is None:
+        raise ConfigError(problems)
+    return config
+
+
+def from_saved(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration saved at `path` (a run folder or a YAML file) with `overrides` on top, without Hydra."""
+    file = path / "config.yaml" if path.is_dir() else path
+    saved = _load_saved(file)
+    inspected = inspect(overrides, folders=None)
+    problems = [*_unknown(OmegaConf.create(saved), file.name), *inspected.problems]
+    if problems:
+        raise ConfigError(problems)
+    try:
+        node = OmegaConf.merge(OmegaConf.structured(Config), saved)
+        assert isinstance(node, DictConfig)
+        for key, item in inspected.values.items():
+            OmegaConf.update(node, key, item)
+    except OmegaConfBaseException as error:
+        raise ConfigError([explain(error)]) from None
+    config, problems = typed(node)
+    if config is not None:
+        problems = [*check(config), *check_given(config, inspected.keys)]
+    if problems or config is None:
+        raise ConfigError(problems)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """`config` as YAML that `from_saved` reads; enum members by name, every key spelled out."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def typed(node: DictConfig) -> tuple[Config | None, list[Problem]]:
+    """The plain dataclasses of a composed node, or what keeps it from becoming them."""
+    problems = [*_unknown(node, "conf"), *_missing(node)]
+    if problems:
+        return None, problems
+    try:
+        config = OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:
+        return None, [explain(error)]
+    assert isinstance(config, Config)
+    return config, []
+
+
+def option_folders(config_dir: Path | None = None) -> list[Path]:
+    """Folders that options of groups are looked up in, first to last."""
+    here = Path.cwd() / "conf"
+    more = [folder.resolve() for folder in (config_dir, here) if folder is not None]
+    return [CONF, *(folder for folder in more if folder.is_dir() and folder != CONF)]
+
+
+@contextmanager
+def composing(folders: Sequence[Path]) -> Iterator[None]:
+    """Hydra ready to compose from `folders`, and its global state as it was afterwards."""
+    register()
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(folders[0]), job_name="sdx"):
+            hydra = GlobalHydra.instance().hydra
+            assert hydra is not None
+            for number, folder in enumerate(folders[1:]):
+                path = hydra.config_loader.get_search_path()
+                path.append(f"user-{number}", f"file://{folder}")
+            yield
+    finally:
+        GlobalHydra.instance().hydra = before
+
+
+def register() -> None:
+    """Tell Hydra the schema, and where a checkout that is not installed keeps its plugins."""
+    ConfigStore.instance().store(name="base_config", node=Config)
+    launchers = _CHECKOUT / "launchers" if _CHECKOUT else None
+    if launchers and launchers.is_dir() and str(launchers) not in sys.path:
+        sys.path.append(str(launchers))
+
+
+def _composed(overrides: Sequence[str]) -> tuple[Config | None, list[Problem]]:
+    try:
+        node = hydra_compose(config_name="config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        return None, [explain(error)]
+    return typed(node)
+
+
+def _shadowing(folders: Sequence[Path]) -> Iterator[Problem]:
+    """Options of the user's folders that carry the name of one of ours and would never be read."""
+    ours = {file.relative_to(CONF) for file in CONF.glob("*/*.yaml")}
+    for folder in folders[1:]:
+        for name in sorted(str(file) for file in ours if (folder / file).is_file()):
+            rule = "sdx has an option of that name, this one would never be read"
+            yield Problem(str(folder / name), None, rule, "rename the file")
+
+
+def _unknown(node: Any, source: str) -> Iterator[Problem]:
+    """Keys outside the schema: `+stray.key=1` gets past Hydra, which adds what it does not know."""
+    known = {*leaves(), *groups()}
+    for path in _paths(node):
+        if path not in known:
+            near = nearest(path, known)
+            fix = f"did you mean {near}?" if near else None
+            yield Problem(path, None, f"unknown key in {source}", fix)
+
+
+def _paths(node: Any, prefix: str = "") -> Iterator[str]:
+    """Paths of all keys of `node`, not going below a key the schema does not have as a group."""
+    for key in node:
+        path = f"{prefix}{key}"
+        yield path
+        if path in groups() and not OmegaConf.is_missing(node, key):
+            yield from _paths(node[key], f"{path}.")
+
+
+def _missing(node: DictConfig) -> Iterator[Problem]:
+    for path in sorted(OmegaConf.missing_keys(node)):
+        yield Problem(path, None, "missing", f"set it in conf/ or pass {path}=…")
+
+
+def _load_saved(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ConfigError([Problem("--from", str(file), "no such file")])
+    saved = OmegaConf.to_container(OmegaConf.load(file))
+    assert isinstance(saved, dict)
+    version = saved.get("schema_version", SCHEMA_VERSION)
+    if version > SCHEMA_VERSION:
+        rule = f"schema_version {version} is newer than this sdx, which knows {SCHEMA_VERSION}"
+        raise ConfigError([Problem("--from", str(file), rule, "update sdx")])
+    for number in range(version, SCHEMA_VERSION):
+        saved = MIGRATIONS[number](saved)
+    return {**saved, "schema_version": SCHEMA_VERSION}

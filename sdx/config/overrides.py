@@ -1,0 +1,264 @@
+"""What a person typed, held against the schema one override at a time.
+
+Hydra stops at the first fault and says little about it; here each override is parsed and judged by itself, so that all
+faults can be listed, and only the sound ones are composed.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from sdx.config import peers
+from sdx.config.errors import Problem, any_of, nearest
+from sdx.config.leaves import Leaf, groups, leaves
+from sdx.config.schema import ActivationsDtype, Config, WeightsDtype
+
+_HALF = {"float16", "fp16", "half"}
+
+
+@dataclass
+class Inspected:
+    """Overrides after inspection: those to compose, the keys and values they set, and the faults of the others."""
+
+    sound: list[str] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    has_bad_choice: bool = False  # a group option was refused: rules across keys would mislead
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self.values)
+
+
+def inspect(overrides: Sequence[str], folders: Sequence[Path] | None) -> Inspected:
+    """Judge every override; `folders` hold the groups' options (None: a saved configuration, which has keys only)."""
+    result = Inspected()
+    options = group_options(folders or [])
+    for text in overrides:
+        override = parse(text)
+        if isinstance(override, Problem):
+            result.problems.append(override)
+            continue
+        faults = list(_judge(override, options, is_saved=folders is None))
+        result.problems += faults
+        if not faults:
+            result.sound.append(text)
+            if not _is_group(override, options):
+                result.values |= dict(_items(override.key_or_group, override.value()))
+        result.has_bad_choice |= bool(faults) and _is_group(override, options)
+    return result
+
+
+def parse(text: str) -> Override | Problem:
+    """`text` as Hydra's grammar reads it."""
+    if "=" not in text and not text.startswith("~"):
+        return _not_an_override(text)
+    try:
+        return _parser().parse_override(text)
+    except HydraException as error:
+        key, _, got = text.partition("=")
+        reason = str(error).splitlines()[0]
+        fix = "quote values with special characters: " + f"'{key}=\"…\"'"
+        return Problem(key, got, f"not readable ({reason})", fix)
+
+
+def group_options(folders: Sequence[Path]) -> dict[str, list[str]]:
+    """Options of every group, from all `folders`; the groups are those of the first."""
+    names = (
+        sorted(folder.name for folder in folders[0].iterdir() if folder.is_dir()) if folders else []
+    )
+    return {
+        name: sorted({file.stem for folder in folders for file in (folder / name).glob("*.yaml")})
+        for name in names
+    }
+
+
+def explain(error: Exception) -> Problem:
+    """What Hydra or OmegaConf stopped at, as a problem; for faults that lie in YAML files."""
+    chain = list(_causes(error))
+    for cause in chain:
+        if isinstance(cause, MissingConfigException):
+            name = cause.missing_cfg_file or "conf"
+            options = [option for option in cause.options or []]
+            fix = f"use {any_of(options)}" if options else None
+            return Problem(name, None, "no such option", fix)
+    for cause in chain:
+        if isinstance(cause, OmegaConfBaseException):
+            path = cause.full_key or "conf"
+            if isinstance(cause, ConfigKeyError) or "not in" in str(cause.msg):
+                near = nearest(path, {*leaves(), *groups()})
+                return Problem(path, None, "unknown key", f"did you mean {near}?" if near else None)
+            return Problem(path, None, str(cause.msg).splitlines()[0].rstrip("."))
+    return Problem("conf", None, " ".join(str(error).split()).rstrip("."))
+
+
+def _judge(override: Override, options: dict[str, list[str]], is_saved: bool) -> Iterator[Problem]:
+    key = override.key_or_group
+    if override.is_sweep_override():
+        got = (override.input_line or "").partition("=")[2]
+        fix = "add --multirun to run them all, or quote a value that holds a comma"
+        yield Problem(key, got, "several values", fix)
+    elif key.split(".")[0].split("/")[0] == "hydra":
+        return
+    elif override.package is not None or (override.is_delete() and key in _all_keys()):
+        yield Problem(
+            _typed_key(override), None, "keys are set, not moved or deleted", f"use {key}=…"
+        )
+    elif _is_group(override, options):
+        yield from _judge_choice(override, options[key])
+    elif is_saved and key in groups() and not isinstance(override.value(), dict):
+        rule = "a saved configuration has no options to choose from"
+        yield Problem(key, str(override.value()), rule, f"set its keys: {key}.…")
+    else:
+        for path, got in _items(key, override.value()):
+            yield from _judge_value(override, path, got, options)
+
+
+def _judge_choice(override: Override, options: list[str]) -> Iterator[Problem]:
+    group, got = override.key_or_group, override.value()
+    if override.is_add() or override.is_delete():
+        yield Problem(_typed_key(override), str(got), "a group has one option", f"use {group}=…")
+    elif got is None and group in {"experiment", "debug"}:
+        return
+    elif not isinstance(got, str) or got not in options:
+        near = nearest(str(got), options)
+        fix = f"use {any_of(options)}"
+        fix = f"did you mean {group}={near}? Options: {', '.join(options)}" if near else fix
+        yield Problem(group, str(got), "no such option", fix)
+
+
+def _judge_value(
+    override: Override, path: str, got: Any, options: dict[str, list[str]]
+) -> Iterator[Problem]:
+    leaf = leaves().get(path)
+    shown = _shown(got)
+    if leaf is None:
+        if _is_list_item(path):
+            return
+        yield _unknown_key(override, path, shown, options)
+    elif override.is_add() and not override.is_force_add():
+        yield Problem(f"+{path}", shown, "the key exists already", f"drop the +: {path}={shown}")
+    elif isinstance(got, str) and "${" in got:
+        return
+    elif got == "???":
+        yield Problem(path, got, "a value is needed", f"it takes {leaf.type_name}")
+    elif fault := _type_fault(leaf, got):
+        yield fault
+
+
+def _unknown_key(
+    override: Override, path: str, shown: str, options: dict[str, list[str]]
+) -> Problem:
+    typed = _typed_key(override, path)
+    if path in groups():
+        example = next(key for key in leaves() if key.startswith(f"{path}."))
+        return Problem(typed, shown, "this is a group of keys", f"set one, such as {example}=…")
+    if (known := peers.answer(path, shown)) and "." not in path:
+        return Problem(typed, shown, *known)
+    near = _nearest_key(path, options)
+    fix = f"did you mean {near}?" if near else "python -m sdx.train --help shows where to look"
+    return Problem(typed, shown, "unknown key", fix, suggested=near)
+
+
+def _nearest_key(path: str, options: dict[str, list[str]]) -> str | None:
+    """The key meant by `path`: the same name in another group, else the nearest in spelling."""
+    name = path.rpartition(".")[2]
+    same = [key for key in leaves() if key.rpartition(".")[2] == name]
+    if len(same) == 1:
+        return same[0]
+    root = path.split(".")[0]
+    if root not in groups() and (near_root := nearest(root, {*groups(), *options})):
+        corrected = ".".join([near_root, *path.split(".")[1:]])
+        if corrected in leaves() or corrected in options:
+            return corrected
+        path = corrected
+    siblings = [key for key in leaves() if key.startswith(path.rpartition(".")[0] + ".")]
+    if "." not in path:
+        siblings = [*options]
+        by_name = {key.rpartition(".")[2]: key for key in leaves()}
+        if not nearest(path, siblings) and (near := nearest(path, by_name)):
+            return by_name[near]
+    return nearest(path, siblings) or nearest(path, leaves())
+
+
+def _type_fault(leaf: Leaf, got: Any) -> Problem | None:
+    """Whether OmegaConf would refuse `got` for this key."""
+    group, _, name = leaf.path.rpartition(".")
+    node = OmegaConf.structured(groups()[group] if group else Config)
+    assert isinstance(node, DictConfig)
+    try:
+        node[name] = got
+    except OmegaConfBaseException:
+        is_dtype = leaf.type in {WeightsDtype, ActivationsDtype}
+        if is_dtype and str(got).lower() in _HALF:
+            rule = (
+                "float16 overflows in training without loss scaling; bfloat16 has float32's range at the"
+                " same size"
+            )
+            return Problem(leaf.path, _shown(got), rule, f"use {leaf.path}=bfloat16")
+        near = nearest(str(got), leaf.choices)
+        fix = f"did you mean {near}?" if near else None
+        return Problem(leaf.path, _shown(got), f"must be {leaf.type_name}", fix)
+    return None
+
+
+def _items(path: str, got: Any) -> Iterator[tuple[str, Any]]:
+    """Leaves of an override; a mapping given to a group is taken apart."""
+    if isinstance(got, dict) and path in groups():
+        for name, item in got.items():
+            yield from _items(f"{path}.{name}", item)
+    else:
+        yield path, got
+
+
+def _is_group(override: Override, options: dict[str, list[str]]) -> bool:
+    key = override.key_or_group
+    return key in options and not isinstance(override.value(), dict)
+
+
+def _is_list_item(path: str) -> bool:
+    parent, _, index = path.rpartition(".")
+    return index.isdigit() and parent in leaves() and leaves()[parent].element is not None
+
+
+def _all_keys() -> set[str]:
+    return {*leaves(), *groups()}
+
+
+def _typed_key(override: Override, path: str | None = None) -> str:
+    prefix = {True: "~"}.get(override.is_delete(), "")
+    if override.is_add():
+        prefix = "++" if override.is_force_add() else "+"
+    package = f"@{override.package}" if override.package is not None else ""
+    return prefix + (path or override.key_or_group) + package
+
+
+def _shown(got: Any) -> str:
+    if isinstance(got, bool) or got is None:
+        return {True: "true", False: "false", None: "null"}[got]
+    return str(got)
+
+
+def _not_an_override(text: str) -> Problem:
+    near = nearest(text, leaves())
+    fix = f"did you mean {near}=…?" if near else "write KEY=VALUE"
+    return Problem(text, None, "not KEY=VALUE", fix)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@cache
+def _parser() -> OverridesParser:
+    return OverridesParser.create()
