@@ -10,7 +10,8 @@ def choose_caption(
 ) -> str:
     """One of `captions`, each equally likely, or with probability `dropout` the empty one.
 
-    A function of its arguments alone: another epoch or index draws anew, another host or attempt draws the same.
+    A function of its arguments alone: another epoch or index draws anew, another host or attempt
+    draws the same.
     """
     if uniform("caption dropout", seed=seed, epoch=epoch, index=index) < dropout:
         return ""

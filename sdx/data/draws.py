@@ -1,7 +1,9 @@
-"""Random choices on the host as pure functions: the order of an epoch, and draws that belong to one example.
+"""Random choices on the host as pure functions: the order of an epoch, and draws that belong to one
+example.
 
-Everything is derived from BLAKE2b of the arguments, so no state is kept or saved, any position can be asked for first, and
-the values do not depend on the version of NumPy, the number of hosts or the order of the calls.
+Everything is derived from BLAKE2b of the arguments, so no state is kept or saved, any position can
+be asked for first, and the values do not depend on the version of NumPy, the number of hosts or the
+order of the calls.
 """
 
 import hashlib
@@ -16,8 +18,9 @@ _NUM_ROUNDS = (
 def shuffled(position: int, length: int, *, seed: int, epoch: int) -> int:
     """The index at `position` of this epoch's order: a bijection of range(length).
 
-    A Feistel network over a rectangle of about sqrt(length) × sqrt(length) cells; values past the end walk on through the
-    permutation until they fall inside (Black & Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A Feistel network over a rectangle of about sqrt(length) × sqrt(length) cells; values past the
+    end walk on through the permutation until they fall inside (Black & Rogaway 2002, "Ciphers with
+    arbitrary finite domains").
     """
     if not 0 <= position < length:
         raise IndexError(f"position {position} is not in range({length})")

@@ -1,7 +1,8 @@
 """What a source of training examples is, and how one says that its data is bad.
 
-A source is a fixed list: its length and order never change while a run lives, so the order of training can be a function
-of (seed, epoch, position) alone. Shuffling, cropping, choosing captions and batching are the loader's business.
+A source is a fixed list: its length and order never change while a run lives, so the order of
+training can be a function of (seed, epoch, position) alone. Shuffling, cropping, choosing captions
+and batching are the loader's business.
 """
 
 from collections import Counter
@@ -23,9 +24,11 @@ class Example:
 
 @runtime_checkable
 class Source(Protocol):
-    """Examples by index. `fingerprint` names the content: it is equal exactly where the examples are.
+    """Examples by index. `fingerprint` names the content: it is equal exactly where the examples
+    are.
 
-    `__getitem__` raises `BadImageError` for an example that can no longer be read; the loader gives it weight 0.
+    `__getitem__` raises `BadImageError` for an example that can no longer be read; the loader gives
+    it weight 0.
     """
 
     @property
@@ -38,7 +41,9 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class BadImage:
-    """An image that is left out: its path as the source names it, a short reason, and what was seen."""
+    """An image that is left out: its path as the source names it, a short reason, and what was
+    seen.
+    """
 
     path: str
     reason: str
@@ -46,16 +51,19 @@ class BadImage:
 
 
 class BadImageError(ValueError):
-    """One image cannot be used; `reason` is short and countable, the message says what was seen."""
+    """One image cannot be used; `reason` is short and countable, `detail` says what was seen."""
 
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason, detail)
+    def __init__(self, reason: str, detail: str = "", path: str = ""):
+        super().__init__(reason, detail, path)
         self.reason = reason
         self.detail = detail
+        self.path = path
 
 
 class DataError(ValueError):
-    """The data cannot be trained on as it is; raised before any device is touched, except for late-bad images."""
+    """The data cannot be trained on as it is; raised before any device is touched, except for
+    late-bad images.
+    """
 
     def __init__(self, message: str, bad_images: Sequence[BadImage] = ()):
         super().__init__(message)

@@ -1,13 +1,16 @@
 """Captions to token ids, with the ids transformers' CLIPTokenizer (5.x) gives.
 
-CLIP tokenizers are built here from their vocabulary with the `tokenizers` package; importing transformers costs seconds and
-is left to folders that hold some other tokenizer. What transformers does and this file repeats
-(transformers/models/clip/tokenization_clip.py, tokenization_utils_base.py):
+CLIP tokenizers are built here from their vocabulary with the `tokenizers` package; importing
+transformers costs seconds and is left to folders that hold some other tokenizer. What transformers
+does and this file repeats (transformers/models/clip/tokenization_clip.py,
+tokenization_utils_base.py):
 
-- The pipeline is rebuilt from vocabulary and merges even where a tokenizer.json spells out another one.
-- special_tokens_map.json wins over tokenizer_config.json, unless the latter has `added_tokens_decoder`: then it is not read.
-- The padding token is a special token wherever it occurs. Stable Diffusion 2.x pads with "!", so each "!" of a caption
-  becomes the padding id 0 instead of the id the vocabulary gives it.
+- The pipeline is rebuilt from vocabulary and merges even where a tokenizer.json spells out another
+  one.
+- special_tokens_map.json wins over tokenizer_config.json, unless the latter has
+  `added_tokens_decoder`: then it is not read.
+- The padding token is a special token wherever it occurs. Stable Diffusion 2.x pads with "!", so
+  each "!" of a caption becomes the padding id 0 instead of the id the vocabulary gives it.
 """
 
 import json
@@ -41,7 +44,9 @@ _WORDS = (
 
 
 class Tokenizer(Protocol):
-    """Captions to rows of ids: start token, words, end token, padding; a long caption keeps its end token."""
+    """Captions to rows of ids: start token, words, end token, padding; a long caption keeps its end
+    token.
+    """
 
     @property
     def max_length(self) -> int: ...
@@ -177,8 +182,8 @@ def _read_bpe(
     missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
     if missing:
         raise DataError(
-            f"{folder}: no {' and no '.join(missing)}; a CLIP tokenizer is tokenizer.json, or vocab.json and"
-            " merges.txt. Give model.pretrained a folder whose tokenizer/ has them."
+            f"{folder}: no {' and no '.join(missing)}; a CLIP tokenizer is tokenizer.json, or"
+            " vocab.json and merges.txt. Give model.pretrained a folder whose tokenizer/ has them."
         )
     vocab, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     return vocab, merges, None
@@ -187,7 +192,9 @@ def _read_bpe(
 def _special_tokens(
     folder: Path, config: dict[str, Any], file_tokens: list[dict[str, Any]] | None
 ) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """The tokens with a role, by role, and those added to the vocabulary in the order of their ids."""
+    """The tokens with a role, by role, and those added to the vocabulary in the order of their
+    ids.
+    """
     roles: dict[str, Any] = {**_NAMED_TOKENS, **{k: v for k, v in config.items() if v is not None}}
     extra: dict[int, AddedToken] = {}
     if "added_tokens_decoder" in config:

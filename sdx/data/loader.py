@@ -1,0 +1,298 @@
+"""Batches of training examples, and which source they come from.
+
+Order: the epochs of the data, each in its own order, lie one after the other, and step k takes
+positions [k·B, (k+1)·B) of that line, B the global batch size. So a batch may hold the end of one
+epoch and the beginning of the next, no example is dropped, each is seen exactly once an epoch, and
+the batch of step k is a function of (seed, k) alone: a resume needs only the step. A host takes the
+part of the batch at its place; other hosts or more of them change no batch.
+
+Grain is imported when a loader is made: its import takes over a second.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import Float32, Int32, Int64, UInt8
+
+from sdx.config.schema import DataConfig, DataKind
+from sdx.data.captions import choose_caption
+from sdx.data.draws import shuffled
+from sdx.data.imagefolder import ImageFolderSource
+from sdx.data.images import training_image
+from sdx.data.shapes import ShapesSource
+from sdx.data.source import BadImage, BadImageError, DataError, Source, count_reasons
+from sdx.data.tokenizer import Tokenizer
+
+_NUM_THREADS = min(8, os.cpu_count() or 1)
+_NUM_WORKER_THREADS = 2
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """This host's part of the global batch of one step.
+
+    `images` are RGB, 0 to 255. `weights` are 1, and 0 for an example that could not be read any
+    more; its image is black and its caption empty. `indices` are the source's, `epochs` count from
+    0. `bad_images` are the unreadable ones.
+    """
+
+    step: int
+    images: UInt8[np.ndarray, "b H W 3"]
+    tokens: Int32[np.ndarray, "b s"]
+    weights: Float32[np.ndarray, " b"]
+    indices: Int64[np.ndarray, " b"]
+    epochs: Int64[np.ndarray, " b"]
+    bad_images: tuple[BadImage, ...]
+
+
+def open_source(
+    config: DataConfig, *, resolution: int, say: Callable[[str], None] = print
+) -> Source:
+    """The source `data.kind` names; `say` is handed lines for the user.
+
+    `resolution` is that of training images, which a procedural source draws at. Raises `DataError`.
+    """
+    return _SOURCES[config.kind](config, resolution, say)
+
+
+def make_loader(
+    source: Source,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    *,
+    seed: int,
+    global_batch_size: int,
+    resolution: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "Loader":
+    """An endless iterator over this host's batches from `start_step` on, read ahead in the
+    background.
+
+    `process_count` must divide `global_batch_size`.
+    """
+    if global_batch_size % process_count:
+        raise DataError(
+            f"train.global_batch_size={global_batch_size}: must be a multiple of the"
+            f" {process_count} hosts; use {global_batch_size // process_count * process_count}."
+        )
+    read = _ReadBatch(
+        source=source,
+        tokenizer=tokenizer,
+        resolution=resolution,
+        interpolation=data.interpolation.value,
+        center_crop=data.center_crop,
+        random_flip=data.random_flip,
+        shuffle=data.shuffle,
+        caption_dropout=data.caption_dropout,
+        seed=seed,
+        global_batch_size=global_batch_size,
+        first_row=global_batch_size // process_count * process_index,
+        num_rows=global_batch_size // process_count,
+    )
+    return Loader(
+        read,
+        start_step,
+        num_workers=data.num_workers,
+        max_bad_images=int(data.max_bad_fraction * len(source)),
+    )
+
+
+class Loader(Iterator[HostBatch]):
+    """Batches in order; `close` stops its threads and processes. Also a context manager.
+
+    An error while reading is raised by `__next__` with its traceback, and so is the death of a
+    loader process. Images that became unreadable are kept in `bad_images`; more than
+    `max_bad_images` of them raise `DataError`.
+    """
+
+    def __init__(
+        self, read: "_ReadBatch", start_step: int, *, num_workers: int, max_bad_images: int
+    ):
+        self.bad_images: dict[int, BadImage] = {}
+        self._max_bad_images = max_bad_images
+        self._batches = _prefetched(read, start_step, num_workers)
+
+    def __next__(self) -> HostBatch:
+        try:
+            fields = next(self._batches)
+            bad: dict[int, BadImage] = fields.pop("bad_images")
+            self._count(bad)
+        except BaseException:
+            self.close()
+            raise
+        arrays = {name: np.asarray(value) for name, value in fields.items() if name != "step"}
+        return HostBatch(step=fields["step"], bad_images=tuple(bad.values()), **arrays)
+
+    def close(self) -> None:
+        """Stops reading ahead. Batches handed out stay valid; no more can be asked for."""
+        self._batches.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _count(self, bad: dict[int, BadImage]) -> None:
+        self.bad_images |= bad
+        if len(self.bad_images) > self._max_bad_images:
+            found = tuple(self.bad_images.values())
+            raise DataError(
+                f"data.max_bad_fraction: {len(found)} images became unreadable while training"
+                f" ({count_reasons(found)}), at most {self._max_bad_images} may; the first is"
+                f" {found[0].path}. Restore the files and start again, or raise the limit.",
+                found,
+            )
+
+
+@dataclass(frozen=True)
+class _ReadBatch:
+    """The step's part of this host, as a function; picklable for loader processes.
+
+    It returns a dict, since Grain moves the arrays of a dict, not those of a dataclass, through
+    shared memory.
+    """
+
+    source: Source
+    tokenizer: Tokenizer
+    resolution: int
+    interpolation: str
+    center_crop: bool
+    random_flip: bool
+    shuffle: bool
+    caption_dropout: float
+    seed: int
+    global_batch_size: int
+    first_row: int
+    num_rows: int
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        side = self.resolution
+        images = np.zeros((self.num_rows, side, side, 3), np.uint8)
+        weights = np.ones(self.num_rows, np.float32)
+        captions = [""] * self.num_rows
+        bad: dict[int, BadImage] = {}
+        places = self._places(step)
+        for row, (epoch, index) in enumerate(places):
+            try:
+                images[row], captions[row] = self._read(epoch, index)
+            except BadImageError as error:
+                weights[row] = 0
+                bad[index] = BadImage(error.path, error.reason, error.detail)
+        epochs, indices = np.asarray(places, np.int64).T
+        return {
+            "step": step,
+            "images": images,
+            "tokens": self.tokenizer.encode(captions),
+            "weights": weights,
+            "indices": indices,
+            "epochs": epochs,
+            "bad_images": bad,
+        }
+
+    def _read(self, epoch: int, index: int) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+        example = self.source[index]
+        image = training_image(
+            example.image,
+            self.resolution,
+            interpolation=self.interpolation,
+            center_crop=self.center_crop,
+            random_flip=self.random_flip,
+            seed=self.seed,
+            epoch=epoch,
+            index=index,
+        )
+        caption = choose_caption(
+            example.captions,
+            dropout=self.caption_dropout,
+            seed=self.seed,
+            epoch=epoch,
+            index=index,
+        )
+        return image, caption
+
+    def _places(self, step: int) -> list[tuple[int, int]]:
+        """Epoch and index of each of this host's rows."""
+        first = step * self.global_batch_size + self.first_row
+        length = len(self.source)
+        places = []
+        for position in range(first, first + self.num_rows):
+            epoch, offset = divmod(position, length)
+            if self.shuffle:
+                offset = shuffled(offset, length, seed=self.seed, epoch=epoch)
+            places.append((epoch, offset))
+        return places
+
+
+def _prefetched(read: _ReadBatch, start_step: int, num_workers: int) -> Any:
+    """Grain's iterator over the batches: read by threads, or by processes that have threads."""
+    import grain
+    from absl import flags
+
+    num_threads = _NUM_WORKER_THREADS if num_workers else _NUM_THREADS
+    steps = grain.MapDataset.range(start_step, sys.maxsize)
+    batches = steps.map(read).to_iter_dataset(
+        grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads)
+    )
+    if num_workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads a flag here, and nothing in sdx parses them
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_bind_to_parent
+        )
+    return iter(batches)
+
+
+def _bind_to_parent(worker_index: int, num_workers: int) -> None:
+    """Makes a loader process end when the trainer does, however that ends, and never by Ctrl-C.
+
+    Without it, workers of a trainer killed with -9 wait for ever on a full queue; and an interrupt
+    from the terminal, which reaches the whole group, would end the workers before the trainer has
+    saved.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None, "runs in a spawned process"
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, name="end with parent", daemon=True).start()
+
+
+def _open_shapes(config: DataConfig, resolution: int, say: Callable[[str], None]) -> Source:
+    if config.num_examples is None:
+        raise DataError("data.num_examples=null: data=shapes is endless; set the size of an epoch.")
+    return ShapesSource(config.num_examples, resolution, config.split)
+
+
+def _open_imagefolder(config: DataConfig, resolution: int, say: Callable[[str], None]) -> Source:
+    if config.dir is None:
+        raise DataError(
+            "data.dir=null: data=imagefolder needs the folder of images and captions; set"
+            " data.dir=FOLDER."
+        )
+    return ImageFolderSource(
+        config.dir,
+        split=config.split,
+        caption_column=config.caption_column,
+        max_bad_fraction=config.max_bad_fraction,
+        max_pixels=config.max_pixels,
+        say=say,
+    )
+
+
+_SOURCES: dict[DataKind, Callable[[DataConfig, int, Callable[[str], None]], Source]] = {
+    DataKind.shapes: _open_shapes,
+    DataKind.imagefolder: _open_imagefolder,
+}
