@@ -1,0 +1,78 @@
+"""What the UNet learns: its target, how one prediction turns into another, and the weight of each example.
+
+v-prediction: Salimans & Ho 2022, arXiv 2202.00512, appendix D. Min-SNR: Hang et al. 2023, arXiv 2303.09556,
+with diffusers' convention for v (train_text_to_image.py, snr_gamma).
+"""
+
+from typing import assert_never
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sdx.config.schema import PredictionType
+from sdx.diffusion.schedule import NoiseSchedule
+
+
+def target(
+    prediction_type: PredictionType,
+    schedule: NoiseSchedule,
+    latents: Float[Array, "b h w c"],
+    noise: Float[Array, "b h w c"],
+    timesteps: Int[Array, "b"],
+) -> Float[Array, "b h w c"]:
+    """What the UNet must output for `latents` noised with `noise` at `timesteps`.
+
+    v = sqrt(a_t) * noise - sqrt(1 - a_t) * latents
+    """
+    match prediction_type:
+        case PredictionType.epsilon:
+            return noise
+        case PredictionType.v_prediction:
+            signal, sigma = schedule.coefficients(timesteps)
+            return signal * noise - sigma * latents
+        case PredictionType.sample:
+            return latents
+    assert_never(prediction_type)
+
+
+def latents_and_noise(
+    prediction_type: PredictionType,
+    schedule: NoiseSchedule,
+    prediction: Float[Array, "b h w c"],
+    noisy: Float[Array, "b h w c"],
+    timesteps: Int[Array, "b"],
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+    """The clean latents and the noise that `prediction` implies for `noisy` latents at `timesteps`.
+
+    With x = s * x0 + q * n:  x0 = (x - q * n) / s = s * x - q * v,  n = (x - s * x0) / q = s * v + q * x.
+    """
+    signal, sigma = schedule.coefficients(timesteps)
+    match prediction_type:
+        case PredictionType.epsilon:
+            return (noisy - sigma * prediction) / signal, prediction
+        case PredictionType.v_prediction:
+            return signal * noisy - sigma * prediction, signal * prediction + sigma * noisy
+        case PredictionType.sample:
+            return prediction, (noisy - signal * prediction) / sigma
+    assert_never(prediction_type)
+
+
+def snr_weights(
+    prediction_type: PredictionType,
+    schedule: NoiseSchedule,
+    timesteps: Int[Array, "b"],
+    gamma: float,
+) -> Float[Array, "b"]:
+    """Min-SNR weight of each example: min(snr, gamma), divided by snr for epsilon and by snr + 1 for v.
+
+    Finite at zero terminal SNR, where epsilon's quotient 0/0 has the limit 1.
+    """
+    snr = schedule.snr(timesteps)
+    match prediction_type:
+        case PredictionType.epsilon:
+            return jnp.where(snr > gamma, gamma / snr, 1.0)
+        case PredictionType.v_prediction:
+            return jnp.minimum(snr, gamma) / (snr + 1)
+        case PredictionType.sample:
+            return jnp.minimum(snr, gamma)
+    assert_never(prediction_type)

@@ -1,0 +1,114 @@
+"""Where each array lies on the mesh: an ordered table of rules for parameters, and the sharding of batches.
+
+The first rule whose pattern is found in a parameter's path decides; what no rule names goes to `fsdp` along its largest
+divisible dim; arrays under 64 KiB stay whole on every device. Optimizer state and EMA inherit by path.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sdx.parallel.mesh import BATCH_AXES
+
+SMALLEST_SHARDED_BYTES = 64 * 1024
+
+Rule = tuple[str, P]
+UNET_RULES: tuple[Rule, ...] = (
+    (r"attn[12]/to_[qkv]/kernel$", P("fsdp", "tensor")),
+    (r"attn[12]/to_out/0/kernel$", P("tensor", "fsdp")),
+    (r"ff/net/0/proj/kernel$", P("fsdp", "tensor")),
+    (r"ff/net/2/kernel$", P("tensor", "fsdp")),
+)
+"""Megatron's pairing (Shoeybi et al. 2019, arXiv 1909.08053, section 3): widen over `tensor`, then narrow over it."""
+
+
+class ShardingError(ValueError):
+    """A sharding rule names parameters that the model does not have."""
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A tree path as `down_blocks/0/resnets/0/conv1/kernel`."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> Any:
+    """The sharding of each array of `params` (arrays or shapes), in a tree of the same structure.
+
+    Raises ShardingError when a rule matches no parameter.
+    """
+    names = [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+    idle = [rule for rule, _ in rules if not any(re.search(rule, name) for name in names)]
+    if idle:
+        raise ShardingError(
+            f"sharding: {len(idle)} of {len(rules)} rules match no parameter: {', '.join(idle)}; "
+            f"paths look like {names[0]}; correct the table in sdx/parallel/sharding.py."
+        )
+    return jax.tree.map_with_path(
+        lambda path, leaf: NamedSharding(mesh, _spec(path_name(path), leaf, mesh, rules)), params
+    )
+
+
+def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+    """Shardings of a whole training state: leaves whose path ends in a parameter's path, with its shape, lie as it does.
+
+    Everything else (counters) is on every device.
+    """
+    known = _by_path(params, shardings)
+
+    def inherit(path: Sequence[Any], leaf: Any) -> NamedSharding:
+        parts = path_name(path).split("/")
+        for start in range(len(parts)):
+            found = known.get("/".join(parts[start:]))
+            if found and found[0] == leaf.shape:
+                return found[1]
+        return replicated(mesh)
+
+    return jax.tree.map_with_path(inherit, state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """First dim over data and fsdp, the rest whole."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_divisor(mesh: Mesh) -> int:
+    """The number of shares a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def _by_path(params: Any, shardings: Any) -> Mapping[str, tuple[tuple[int, ...], NamedSharding]]:
+    leaves = jax.tree.leaves_with_path(params)
+    places = jax.tree.leaves(shardings)
+    return {
+        path_name(path): (leaf.shape, place)
+        for (path, leaf), place in zip(leaves, places, strict=True)
+    }
+
+
+def _spec(name: str, leaf: Any, mesh: Mesh, rules: Sequence[Rule]) -> P:
+    if leaf.size * leaf.dtype.itemsize < SMALLEST_SHARDED_BYTES:
+        return P()
+    for pattern, spec in rules:
+        if re.search(pattern, name) and _divides(spec, leaf.shape, mesh):
+            return spec
+    dims = [dim for dim, size in enumerate(leaf.shape) if size % mesh.shape["fsdp"] == 0]
+    if mesh.shape["fsdp"] == 1 or not dims:
+        return P()
+    largest = max(dims, key=lambda dim: leaf.shape[dim])
+    return P(*("fsdp" if dim == largest else None for dim in range(largest + 1)))
+
+
+def _divides(spec: P, shape: tuple[int, ...], mesh: Mesh) -> bool:
+    return all(
+        axis is None or size % mesh.shape[axis] == 0 for axis, size in zip(spec, shape, strict=True)
+    )

@@ -1,0 +1,60 @@
+"""Targets, conversions between predictions, and Min-SNR weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdx.config.schema import DiffusionConfig, PredictionType
+from sdx.diffusion.objective import latents_and_noise, snr_weights, target
+from sdx.diffusion.schedule import NoiseSchedule, make_schedule
+
+pytestmark = pytest.mark.fast
+SCHEDULE = make_schedule(DiffusionConfig())
+TIMESTEPS = jnp.array([0, 250, 999])
+
+
+def draws() -> tuple[jax.Array, jax.Array]:
+    latents, noise = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 4))
+    return latents, noise
+
+
+@pytest.mark.parametrize("kind", PredictionType)
+def test_a_perfect_prediction_gives_back_latents_and_noise(kind: PredictionType) -> None:
+    latents, noise = draws()
+    noisy = SCHEDULE.add_noise(latents, noise, TIMESTEPS)
+    perfect = target(kind, SCHEDULE, latents, noise, TIMESTEPS)
+    back_latents, back_noise = latents_and_noise(kind, SCHEDULE, perfect, noisy, TIMESTEPS)
+    np.testing.assert_allclose(back_latents, latents, atol=1e-4)  # epsilon divides by 0.07 at 999
+    np.testing.assert_allclose(back_noise, noise, atol=1e-4)
+
+
+def test_velocity_is_diffusers() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch = pytest.importorskip("torch")
+    theirs = diffusers.DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+    )
+    latents, noise = draws()
+    ours = target(PredictionType.v_prediction, SCHEDULE, latents, noise, TIMESTEPS)
+    velocity = theirs.get_velocity(
+        *(torch.tensor(np.array(x)) for x in (latents, noise, TIMESTEPS))
+    )
+    np.testing.assert_allclose(ours, velocity.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", PredictionType)
+def test_min_snr_weights_are_diffusers(kind: PredictionType) -> None:
+    timesteps = jnp.arange(1000)
+    snr = SCHEDULE.alphas_cumprod.astype(np.float64) / (1 - SCHEDULE.alphas_cumprod)
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}[kind.name]
+    expected = np.minimum(snr, 5) / divisor
+    np.testing.assert_allclose(snr_weights(kind, SCHEDULE, timesteps, 5.0), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"), [(PredictionType.epsilon, 1), (PredictionType.v_prediction, 0)]
+)
+def test_weights_are_finite_without_any_signal(kind: PredictionType, limit: float) -> None:
+    dark = NoiseSchedule(np.ones(1, np.float32), np.zeros(1, np.float32))
+    assert snr_weights(kind, dark, jnp.array([0]), 5.0)[0] == limit
