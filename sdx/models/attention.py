@@ -1,7 +1,7 @@
 """Attention, and the transformer blocks of the UNet around it.
 
-The function that computes attention is handed in (`AttentionFn`), so that a kernel can be swapped without touching a
-network; `dot_product_attention` is the plain one, the reference for all others.
+The function that computes attention is handed in (`AttentionFn`), so that a kernel can be swapped
+without touching a network; `dot_product_attention` is the plain one, the reference for all others.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -14,14 +14,14 @@ from jaxtyping import Array, Float
 from sdx.config.schema import AttentionKind, Platform
 from sdx.models.layers import Conv2d, GroupNorm, LayerNorm, Linear, Numerics
 
-# diffusers fixes this one in Transformer2DModel; `norm_eps` of the config is for ResNet blocks and the output.
+# diffusers fixes this one in Transformer2DModel; the config's `norm_eps` is for ResNet blocks.
 TRANSFORMER_NORM_EPS = 1e-6
 FEED_FORWARD_FACTOR = 4
 
 
 @runtime_checkable  # beartype checks arguments against it in tests
 class AttentionFn(Protocol):
-    """softmax(query key^T / sqrt(d)) value for each head; softmax in float32, the result in the query's type.
+    """softmax(query key^T / sqrt(d)) value for each head, in the query's type; softmax in float32.
 
     `upcast` computes the logits from float32 copies of query and key (config `upcast_attention`).
     """
@@ -46,7 +46,7 @@ def dot_product_attention(
     precision: jax.lax.Precision,
     is_causal: bool = False,
 ) -> Float[Array, "b s h d"]:
-    """Attention written out (Vaswani et al. 2017, arXiv 1706.03762, equation 1); holds all s x t weights."""
+    """Attention written out (arXiv 1706.03762, equation 1); holds all s x t weights."""
     dtype, scale = query.dtype, query.shape[-1] ** -0.5
     if upcast:
         query, key = query.astype(jnp.float32), key.astype(jnp.float32)
@@ -82,16 +82,15 @@ class Attention(nnx.Module):
         *,
         context_features: int,
         num_heads: int,
-        qkv_bias: bool,
         upcast: bool,
         attention: AttentionFn,
         numerics: Numerics,
         rngs: nnx.Rngs,
     ):
         common: dict[str, Any] = {"numerics": numerics, "rngs": rngs}
-        self.to_q = Linear(features, features, use_bias=qkv_bias, **common)
-        self.to_k = Linear(context_features, features, use_bias=qkv_bias, **common)
-        self.to_v = Linear(context_features, features, use_bias=qkv_bias, **common)
+        self.to_q = Linear(features, features, use_bias=False, **common)
+        self.to_k = Linear(context_features, features, use_bias=False, **common)
+        self.to_v = Linear(context_features, features, use_bias=False, **common)
         self.to_out = nnx.List([Linear(features, features, **common)])
         self.num_heads = num_heads
         self.upcast = upcast
@@ -111,7 +110,7 @@ class Attention(nnx.Module):
 
 
 class GEGLU(nnx.Module):
-    """A product gated by the exact (erf) GELU of its other half (Shazeer 2020, arXiv 2002.05202)."""
+    """A product gated by the exact (erf) GELU of its other half (arXiv 2002.05202)."""
 
     def __init__(self, features: int, hidden: int, *, numerics: Numerics, rngs: nnx.Rngs):
         self.proj = Linear(features, 2 * hidden, numerics=numerics, rngs=rngs)
@@ -138,7 +137,7 @@ class FeedForward(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Self-attention, attention over the context, feed-forward (diffusers `BasicTransformerBlock`)."""
+    """Self-attention, attention over the context, feed-forward (`BasicTransformerBlock`)."""
 
     def __init__(
         self,
@@ -153,7 +152,6 @@ class TransformerBlock(nnx.Module):
     ):
         common: dict[str, Any] = {
             "num_heads": num_heads,
-            "qkv_bias": False,
             "upcast": upcast,
             "attention": attention,
             "numerics": numerics,
@@ -175,9 +173,10 @@ class TransformerBlock(nnx.Module):
 
 
 class SpatialTransformer(nnx.Module):
-    """A transformer block over the pixels of an image, plus a shortcut (diffusers `Transformer2DModel`).
+    """A transformer block over the pixels, plus a shortcut (diffusers `Transformer2DModel`).
 
-    The projections around it are linear in SD 2.x and 1x1 convolutions in 1.x: the same product, other kernel shapes.
+    The projections around it are linear in SD 2.x and 1x1 convolutions in 1.x: the same product,
+    other kernel shapes.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """The CLIP text encoder (transformers `CLIPTextModel`), up to and with the final LayerNorm.
 
-SD 2.x files hold the layers up to the one before the last, so "the penultimate layer" needs nothing here.
+SD 2.x files hold the layers up to the one before the last, so "the penultimate layer" needs
+nothing here.
 """
 
 from typing import Any
@@ -36,7 +37,7 @@ class CLIPTextModel(nnx.Module):
         )
 
     def __call__(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
-        """`context`: one state for each token, after the final LayerNorm; the causal mask is the only one."""
+        """`context`: a state for each token, after the final LayerNorm; padding is not masked."""
         return self.final_layer_norm(self.encoder(self.embeddings(tokens)))
 
 

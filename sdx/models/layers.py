@@ -1,14 +1,15 @@
-"""The thin layers that every network here is made of: convolution, product, norms, embeddings, resampling.
+"""The thin layers of every network here: convolution, product, norms, embeddings, resampling.
 
-Layout is NHWC, convolution kernels are HWIO, linear kernels are (in, out). Parameters are kept in `Numerics.param_dtype`
-and cast to `Numerics.dtype` where they are used; statistics of norms and the timestep embedding are float32.
-Initial values are torch's defaults, because a UNet trained from random should start where its peer starts: uniform within
-1 / sqrt(fan_in) for kernels and biases (torch/nn/modules/linear.py and conv.py, `reset_parameters`).
+Layout is NHWC, convolution kernels are HWIO, linear kernels are (in, out). Parameters are kept in
+`Numerics.param_dtype` and cast to `Numerics.dtype` where they are used; statistics of norms and
+the timestep embedding are float32. Initial values are torch's defaults, because a UNet trained
+from random should start where its peer starts: uniform within 1 / sqrt(fan_in) for kernels and
+biases (torch/nn/modules/linear.py and conv.py, `reset_parameters`).
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-# Symmetric padding of one pixel: what every 3x3 convolution has, save the VAE encoder's strided ones.
+# One pixel on every side: what all 3x3 convolutions have, save the VAE encoder's strided ones.
 SAME = ((1, 1), (1, 1))
 # Base of the sinusoids (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
 MAX_PERIOD = 10_000.0
@@ -24,11 +25,19 @@ MAX_PERIOD = 10_000.0
 
 @dataclass(frozen=True)
 class Numerics:
-    """How a network computes: type of activations, type of stored parameters, precision of products."""
+    """How a network computes: types of activations and stored parameters, precision of products."""
 
     dtype: DTypeLike
     param_dtype: DTypeLike
     precision: jax.lax.Precision
+
+
+@dataclass(frozen=True)
+class Initial:
+    """The distribution a parameter starts from: `spread` times a draw of `law`."""
+
+    law: Literal["uniform", "normal", "constant"]  # within [-1, 1), N(0, 1), 1
+    spread: float
 
 
 class Linear(nnx.Module):
@@ -45,7 +54,7 @@ class Linear(nnx.Module):
     ):
         shape = (in_features, out_features)
         self.kernel = _uniform(shape, in_features, numerics, rngs)
-        self.bias = _uniform((out_features,), in_features, numerics, rngs) if use_bias else None
+        self.bias = _uniform(shape[1:], in_features, numerics, rngs) if use_bias else None
         self.numerics = numerics
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
@@ -73,7 +82,7 @@ class Conv2d(nnx.Module):
         fan_in = in_channels * kernel_size * kernel_size
         shape = (kernel_size, kernel_size, in_channels, out_channels)
         self.kernel = _uniform(shape, fan_in, numerics, rngs)
-        self.bias = _uniform((out_channels,), fan_in, numerics, rngs)
+        self.bias = _uniform(shape[3:], fan_in, numerics, rngs)
         self.is_product = kernel_size == 1
         self.stride = stride
         self.padding = padding
@@ -97,11 +106,11 @@ class Conv2d(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Normalises groups of channels over all pixels (Wu & He 2018, arXiv 1803.08494); statistics in float32."""
+    """Normalises groups of channels over all pixels (Wu & He 2018, arXiv 1803.08494)."""
 
     def __init__(self, num_groups: int, channels: int, *, eps: float, numerics: Numerics):
-        self.scale = nnx.Param(jnp.ones((channels,), numerics.param_dtype))
-        self.bias = nnx.Param(jnp.zeros((channels,), numerics.param_dtype))
+        self.scale = _constant(1.0, channels, numerics)
+        self.bias = _constant(0.0, channels, numerics)
         self.num_groups = num_groups
         self.eps = eps
         self.dtype = numerics.dtype
@@ -114,11 +123,11 @@ class GroupNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Normalises the last dim (Ba et al. 2016, arXiv 1607.06450); statistics in float32."""
+    """Normalises the last dim (Ba et al. 2016, arXiv 1607.06450)."""
 
     def __init__(self, features: int, *, eps: float = 1e-5, numerics: Numerics):
-        self.scale = nnx.Param(jnp.ones((features,), numerics.param_dtype))
-        self.bias = nnx.Param(jnp.zeros((features,), numerics.param_dtype))
+        self.scale = _constant(1.0, features, numerics)
+        self.bias = _constant(0.0, features, numerics)
         self.eps = eps
         self.dtype = numerics.dtype
 
@@ -131,10 +140,8 @@ class Embedding(nnx.Module):
     """A table of vectors, drawn from N(0, 0.02) as transformers' CLIP draws them."""
 
     def __init__(self, num_embeddings: int, features: int, *, numerics: Numerics, rngs: nnx.Rngs):
-        shape = (num_embeddings, features)
-        self.embedding = nnx.Param(
-            0.02 * jax.random.normal(rngs.params(), shape, numerics.param_dtype)
-        )
+        initial = Initial("normal", 0.02)
+        self.embedding = _parameter(initial, (num_embeddings, features), numerics, rngs.params())
         self.dtype = numerics.dtype
 
     def __call__(self, indices: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
@@ -154,7 +161,7 @@ class Upsample(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """A convolution of stride 2; `padding` is symmetric in the UNet, (0, 1) a side in the VAE encoder."""
+    """A convolution of stride 2; the UNet pads every side, the VAE encoder only two."""
 
     def __init__(
         self,
@@ -173,7 +180,7 @@ class Downsample(nnx.Module):
 
 
 class ResnetBlock(nnx.Module):
-    """Two normalised convolutions around a timestep shift, plus a shortcut (diffusers `ResnetBlock2D`).
+    """Two convolutions around a timestep shift, plus a shortcut (diffusers `ResnetBlock2D`).
 
     The VAE has no timestep: `time_features=None`, and `time` is not given.
     """
@@ -213,11 +220,11 @@ class ResnetBlock(nnx.Module):
 
 
 def timestep_embedding(
-    timesteps: Int[Array, "b"], features: int, *, flip_sin_to_cos: bool, freq_shift: int
+    timesteps: Int[Array, " b"], features: int, *, flip_sin_to_cos: bool, freq_shift: int
 ) -> Float[Array, "b {features}"]:
     """Sinusoids of the timesteps, float32; cosines come first with `flip_sin_to_cos`.
 
-    Ho et al. 2020 (arXiv 2006.11239, appendix B); diffusers `get_timestep_embedding`. `features` is even.
+    Ho et al. 2020 (arXiv 2006.11239), as diffusers `get_timestep_embedding`; `features` is even.
     """
     half = features // 2
     exponents = -math.log(MAX_PERIOD) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
@@ -226,8 +233,18 @@ def timestep_embedding(
     return jnp.concatenate(waves[::-1] if flip_sin_to_cos else waves, axis=-1)
 
 
+def draw(law: str, key: Array | None, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
+    """One float32 draw of an `Initial.law`; a constant needs no key."""
+    if law == "constant":
+        return jnp.ones(shape)
+    assert key is not None
+    if law == "uniform":
+        return jax.random.uniform(key, shape, minval=-1.0)
+    return jax.random.normal(key, shape)
+
+
 def _standardise(x: Array, axes: tuple[int, ...], eps: float) -> Array:
-    """Two passes, mean first: one pass loses the variance to cancellation where the mean is large."""
+    """Two passes, mean first: one pass cancels the variance away where the mean is large."""
     centred = x - jnp.mean(x, axes, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axes, keepdims=True) + eps)
 
@@ -237,7 +254,7 @@ def _scale_and_shift(x: Array, scale: Array, bias: Array) -> Array:
 
 
 def _across(per_channel: Array, x: Array) -> Array:
-    """`per_channel` with as many dims as `x`: broadcasts are spelt out, so a wrong rank cannot pass."""
+    """`per_channel` with as many dims as `x`: rank promotion is refused in the tests."""
     return per_channel.reshape((1,) * (x.ndim - 1) + per_channel.shape)
 
 
@@ -253,5 +270,16 @@ def _nearest(x: Array, size: tuple[int, int]) -> Array:
 def _uniform(
     shape: tuple[int, ...], fan_in: int, numerics: Numerics, rngs: nnx.Rngs
 ) -> nnx.Param[Array]:
-    bound = 1.0 / math.sqrt(fan_in)
-    return nnx.Param(jax.random.uniform(rngs.params(), shape, numerics.param_dtype, -bound, bound))
+    return _parameter(Initial("uniform", 1.0 / math.sqrt(fan_in)), shape, numerics, rngs.params())
+
+
+def _constant(value: float, features: int, numerics: Numerics) -> nnx.Param[Array]:
+    return _parameter(Initial("constant", value), (features,), numerics, key=None)
+
+
+def _parameter(
+    initial: Initial, shape: tuple[int, ...], numerics: Numerics, key: Array | None
+) -> nnx.Param[Array]:
+    """A parameter that remembers what it was drawn from, for `module.Pure.init` to draw again."""
+    value = initial.spread * draw(initial.law, key, shape)
+    return nnx.Param(value.astype(numerics.param_dtype), initial=initial)

@@ -25,7 +25,8 @@ class Networks:
 def make_networks(
     model: ModelConfig, *, attention: AttentionFn, dtype: str, remat: Remat = Remat.none
 ) -> Networks:
-    """The networks that `model` describes, computing in `dtype`; frozen ones are stored in float32."""
+    """The networks that `model` describes, computing in `dtype`; frozen ones are stored in
+    float32."""
     precision = jax.lax.Precision[model.matmul_precision.name.upper()]
     common = {"dtype": jnp.dtype(dtype), "precision": precision}
     weights = jnp.dtype(model.weights_dtype.name)

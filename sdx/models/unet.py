@@ -1,6 +1,7 @@
 """The denoising UNet of Stable Diffusion 1.x and 2.x (diffusers `UNet2DConditionModel`).
 
-Parameter paths are diffusers' module names. `remat` chooses what the backward pass computes again instead of keeping it.
+Parameter paths are diffusers' module names. `remat` chooses what the backward pass computes again
+instead of keeping it.
 """
 
 from collections.abc import Callable
@@ -85,10 +86,10 @@ class UNet2DConditionModel(nnx.Module):
     def __call__(
         self,
         sample: Float[Array, "b h w c"],
-        timesteps: Int[Array, "b"],
+        timesteps: Int[Array, " b"],
         context: Float[Array, "b s d"],
     ) -> Float[Array, "b h w o"]:
-        """The prediction for `sample` (noisy latents) at `timesteps`, given `context` (text states), in `dtype`."""
+        """The prediction for `sample` (noisy latents) given `context` (text states), in `dtype`."""
         context = context.astype(self.dtype)
         time = self.time_embedding(
             timestep_embedding(
@@ -123,7 +124,7 @@ class TimestepEmbedding(nnx.Module):
 
 
 class DownLevel(nnx.Module):
-    """One level on the way down: `CrossAttnDownBlock2D`, or `DownBlock2D` where `num_heads` is None."""
+    """`CrossAttnDownBlock2D`, or `DownBlock2D` where `num_heads` is None."""
 
     def __init__(
         self,
@@ -181,9 +182,10 @@ class MidLevel(nnx.Module):
 
 
 class UpLevel(nnx.Module):
-    """One level on the way up: `CrossAttnUpBlock2D`, or `UpBlock2D` where `num_heads` is None.
+    """`CrossAttnUpBlock2D`, or `UpBlock2D` where `num_heads` is None.
 
-    `below` and `above` are the widths of the levels it comes from and goes to; its last layer reads a skip of the latter.
+    `below` and `above` are the widths of the levels it comes from and goes to; its last layer
+    reads a skip of the latter.
     """
 
     def __init__(
@@ -285,7 +287,7 @@ class _Layer:
 
 
 def _keep_products(primitive: Any, *inputs: Any, **parameters: Any) -> bool:
-    """Keep convolutions and products, but not attention's, which have batch dims and grow with pixels squared."""
+    """Convolutions and products, but not attention's, which grow with the pixels squared."""
     if primitive.name == "conv_general_dilated":
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(

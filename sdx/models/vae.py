@@ -1,6 +1,6 @@
 """The image autoencoder of Stable Diffusion (diffusers `AutoencoderKL`).
 
-Its epsilons and its encoder's lopsided padding differ from the UNet's; both follow the reference implementation.
+Its epsilons and its encoder's lopsided padding differ from the UNet's.
 """
 
 from typing import Any
@@ -11,11 +11,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sdx.config.schema import VAEConfig
-from sdx.models.attention import Attention, AttentionFn
-from sdx.models.layers import Conv2d, Downsample, GroupNorm, Numerics, ResnetBlock, Upsample
+from sdx.models.attention import AttentionFn, split_heads
+from sdx.models.layers import (
+    Conv2d,
+    Downsample,
+    GroupNorm,
+    Linear,
+    Numerics,
+    ResnetBlock,
+    Upsample,
+)
 
 VAE_NORM_EPS = 1e-6
-# A strided convolution of the encoder pads below and to the right only (diffusers `Downsample2D` with padding=0).
+# Strided convolutions of the encoder pad below and to the right (diffusers `Downsample2D`).
 LOPSIDED = ((0, 1), (0, 1))
 
 
@@ -41,7 +49,7 @@ class AutoencoderKL(nnx.Module):
         self.post_quant_conv = Conv2d(latents, latents, 1, numerics=numerics, rngs=rngs)
 
     def encode(self, images: Float[Array, "b H W c"]) -> Float[Array, "b h w m"]:
-        """Mean and log-variance of the latents, joined along channels; neither clipped nor scaled."""
+        """Mean and log-variance of the latents along channels; neither clipped nor scaled."""
         return self.quant_conv(self.encoder(images))
 
     def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b H W o"]:
@@ -136,29 +144,30 @@ class MidLevel(nnx.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class PixelAttention(Attention):
+class PixelAttention(nnx.Module):
     """Normalised attention with one head over the pixels, plus a shortcut."""
 
     def __init__(self, channels: int, parts: "_Parts"):
-        super().__init__(
-            channels,
-            context_features=channels,
-            num_heads=1,
-            qkv_bias=True,
-            upcast=False,
-            attention=parts.attention,
-            **parts.common,
-        )
         self.group_norm = parts.norm(channels)
+        self.to_q = Linear(channels, channels, **parts.common)
+        self.to_k = Linear(channels, channels, **parts.common)
+        self.to_v = Linear(channels, channels, **parts.common)
+        self.to_out = nnx.List([Linear(channels, channels, **parts.common)])
+        self.attention = parts.attention
+        self.precision = parts.numerics.precision
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         b, h, w, c = x.shape
-        y = super().__call__(self.group_norm(x).reshape(b, h * w, c))
-        return x + y.reshape(b, h, w, c)
+        pixels = self.group_norm(x).reshape(b, h * w, c)
+        query, key, value = (
+            split_heads(project(pixels), 1) for project in (self.to_q, self.to_k, self.to_v)
+        )
+        y = self.attention(query, key, value, upcast=False, precision=self.precision)
+        return x + self.to_out[0](y.reshape(b, h * w, c)).reshape(b, h, w, c)
 
 
 class _Parts:
-    """What encoder and decoder are built of; not a module, so nothing of it lands in the parameters."""
+    """What encoder and decoder are built of; no module, so none of it is a parameter."""
 
     def __init__(
         self, config: VAEConfig, attention: AttentionFn, numerics: Numerics, rngs: nnx.Rngs
