@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 SAME = ((1, 1), (1, 1))
 # Base of the sinusoids (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
 MAX_PERIOD = 10_000.0
+LAWS = ("uniform", "normal", "constant")  # in [-1, 1); N(0, 1); 1
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Numerics:
 class Initial:
     """The distribution a parameter starts from: `spread` times a draw of `law`."""
 
-    law: Literal["uniform", "normal", "constant"]  # within [-1, 1), N(0, 1), 1
+    law: Literal["uniform", "normal", "constant"]
     spread: float
 
 
