@@ -1,7 +1,7 @@
 """Rules a configuration must meet beyond the type of each key, all checked at once.
 
-Pure and machine-independent: no device, file or network is looked at, so a configuration for a pod can be checked on a
-laptop. What only the machine knows is checked where the job runs.
+Pure and machine-independent: no device, file or network is looked at, so a configuration for a pod
+can be checked on a laptop. What only the machine knows is checked where the job runs.
 """
 
 import os

@@ -1,7 +1,7 @@
 """From overrides to one typed `Config`: by Hydra from `conf/`, or from a saved file without Hydra.
 
-Every fault is collected before anything is reported: overrides are first held against the schema one by one, the good ones
-are composed, and the result is checked as a whole.
+Every fault is collected before anything is reported: overrides are first held against the schema
+one by one, the good ones are composed, and the result is checked as a whole.
 """
 
 import sys
@@ -20,14 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sdx.config.check import check, check_given
 from sdx.config.errors import ConfigError, Problem, nearest
+from sdx.config.folders import CHECKOUT, CONF, option_folders
 from sdx.config.leaves import groups, leaves
 from sdx.config.overrides import explain, inspect
 from sdx.config.schema import SCHEMA_VERSION, Config
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-_CHECKOUT = _PACKAGE.parent if (_PACKAGE.parent / "conf" / "config.yaml").is_file() else None
-
-CONF: Path = (_CHECKOUT or _PACKAGE) / "conf"  # the checkout's folder, or its copy in a wheel
+__all__ = ["CONF", "compose", "from_saved", "to_yaml"]
 
 # What a saved configuration of each older schema_version must go through, in order.
 MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
@@ -42,7 +40,7 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Conf
     inspected = inspect(overrides, folders)
     problems = [*_shadowing(folders), *inspected.problems]
     with composing(folders):
-        config, found = _composed(inspected.sound)
+        config, found = _composed([*inspected.sound, *search_path(folders)])
     problems += found
     if config is not None and not inspected.has_bad_choice:
         suggested = {problem.suggested for problem in problems}
@@ -54,7 +52,9 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Conf
 
 
 def from_saved(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration saved at `path` (a run folder or a YAML file) with `overrides` on top, without Hydra."""
+    """The configuration saved at `path` (a run folder or a YAML file) with `overrides` on top,
+    without Hydra.
+    """
     file = path / "config.yaml" if path.is_dir() else path
     saved = _load_saved(file)
     inspected = inspect(overrides, folders=None)
@@ -94,13 +94,6 @@ def typed(node: DictConfig) -> tuple[Config | None, list[Problem]]:
     return config, []
 
 
-def option_folders(config_dir: Path | None = None) -> list[Path]:
-    """Folders that options of groups are looked up in, first to last."""
-    here = Path.cwd() / "conf"
-    more = [folder.resolve() for folder in (config_dir, here) if folder is not None]
-    return [CONF, *(folder for folder in more if folder.is_dir() and folder != CONF)]
-
-
 @contextmanager
 def composing(folders: Sequence[Path]) -> Iterator[None]:
     """Hydra ready to compose from `folders`, and its global state as it was afterwards."""
@@ -109,20 +102,21 @@ def composing(folders: Sequence[Path]) -> Iterator[None]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(folders[0]), job_name="sdx"):
-            hydra = GlobalHydra.instance().hydra
-            assert hydra is not None
-            for number, folder in enumerate(folders[1:]):
-                path = hydra.config_loader.get_search_path()
-                path.append(f"user-{number}", f"file://{folder}")
             yield
     finally:
         GlobalHydra.instance().hydra = before
 
 
+def search_path(folders: Sequence[Path]) -> list[str]:
+    """The override that makes Hydra look into the user's folders as well."""
+    more = ",".join(f"'file://{folder}'" for folder in folders[1:])
+    return [f"hydra.searchpath=[{more}]"] if more else []
+
+
 def register() -> None:
     """Tell Hydra the schema, and where a checkout that is not installed keeps its plugins."""
     ConfigStore.instance().store(name="base_config", node=Config)
-    launchers = _CHECKOUT / "launchers" if _CHECKOUT else None
+    launchers = CHECKOUT / "launchers" if CHECKOUT else None
     if launchers and launchers.is_dir() and str(launchers) not in sys.path:
         sys.path.append(str(launchers))
 
@@ -171,8 +165,10 @@ def _missing(node: DictConfig) -> Iterator[Problem]:
 def _load_saved(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError([Problem("--from", str(file), "no such file")])
-    saved = OmegaConf.to_container(OmegaConf.load(file))
-    assert isinstance(saved, dict)
+    content = OmegaConf.to_container(OmegaConf.load(file))
+    if not isinstance(content, dict):
+        raise ConfigError([Problem("--from", str(file), "not a saved configuration")])
+    saved = {str(key): item for key, item in content.items()}
     version = saved.get("schema_version", SCHEMA_VERSION)
     if version > SCHEMA_VERSION:
         rule = f"schema_version {version} is newer than this sdx, which knows {SCHEMA_VERSION}"

@@ -1,6 +1,7 @@
 """What is wrong with a configuration, as data, and the one screen that shows it.
 
-A `Problem` has the four parts every sdx error has: where, got, what must hold, what to type instead.
+A `Problem` has the four parts every sdx error has: where, got, what must hold, what to type
+instead.
 """
 
 import difflib
@@ -12,8 +13,9 @@ from dataclasses import dataclass
 class Problem:
     """One fault.
 
-    `path` is a key, group, flag or file; `got` its value as typed (None: there is none); `rule` says what is wrong or must
-    hold; `fix` what to do. `suggested` is a key the person may have meant: a fault that follows from its absence is not shown.
+    `path` is a key, group, flag or file; `got` its value as typed (None: there is none); `rule`
+    says what is wrong or must hold; `fix` what to do. `suggested` is a key the person may have
+    meant: a fault that follows from its absence is not shown.
     """
 
     path: str

@@ -1,12 +1,15 @@
-"""Which run this is: a hash of the mathematics a configuration decides, and what a change of it means.
+"""Which run this is: a hash of the mathematics of a configuration, and what a change means.
 
-Two configurations with the same identity train the same weights up to floating-point order; limits (`max_steps`), mesh,
-hardware, kernels, cadences and sinks are not part of it. A key that stands at its schema default is left out of the hash,
-so a key added later changes no identity.
+Two configurations with the same identity train the same weights up to floating-point order; limits
+(`max_steps`), mesh, hardware, kernels, cadences and sinks are not part of it. A key that stands at
+its schema default is left out of the hash, so a key added later changes no identity.
 """
 
+import dataclasses
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +21,7 @@ from sdx.config.schema import Config, OnResume
 
 @dataclass(frozen=True)
 class Difference:
-    """One key that changed between the saved configuration of a run and the one it is started with."""
+    """A key that changed between the saved configuration of a run and the one it is given."""
 
     path: str
     old: Any
@@ -32,7 +35,8 @@ class Difference:
 def identity(config: Config, num_devices: int | None = None) -> str:
     """Eight hex digits of the hash of the effective mathematics.
 
-    `num_devices` is what the machine has, for presets that do not say. Raises ValueError where the global batch is unknown.
+    `num_devices` is what the machine has, for presets that do not say. Raises ValueError where the
+    global batch is unknown.
     """
     config = resolve.with_global_batch(config, num_devices)
     decides = {
@@ -51,8 +55,28 @@ def run_folder_name(config: Config, num_devices: int | None = None) -> str:
     return f"{config.model.name}-{config.data.kind.name}-{identity(config, num_devices)}"
 
 
+def folder_names(configs: Sequence[Config], overrides: Sequence[Sequence[str]]) -> list[str]:
+    """Folder names of the jobs of a sweep, all different.
+
+    A given `run.name` is a prefix before the identity; where two jobs are the same run
+    mathematically (a swept cadence, say) the overrides that tell them apart follow.
+    """
+    names = []
+    for config in configs:
+        plain = dataclasses.replace(config, run=dataclasses.replace(config.run, name=None))
+        name = run_folder_name(plain, num_devices=config.hardware.num_devices or 1)
+        names.append(name if config.run.name is None else f"{config.run.name}-{name[-8:]}")
+    for name in {name for name in names if names.count(name) > 1}:
+        alike = [index for index, other in enumerate(names) if other == name]
+        shared = set.intersection(*(set(overrides[index]) for index in alike))
+        for index in alike:
+            own = [text for text in overrides[index] if text not in shared]
+            names[index] = "-".join([name, *(re.sub(r"[^\w.=+]+", "_", text) for text in own)])
+    return names
+
+
 def differences(old: Config, new: Config) -> list[Difference]:
-    """Keys whose effective value differs, in the order of the schema, with what that means for a run that continues."""
+    """Keys whose effective value differs, in schema order, and what that means on a resume."""
     before, after = _effective(old), _effective(new)
     return [
         Difference(path, before.get(path), after.get(path), leaf.on_resume)
@@ -76,7 +100,7 @@ def _effective(config: Config) -> dict[str, Any]:
 
 
 def _effective_schedule(config: Config, values: dict[str, Any]) -> dict[str, Any]:
-    """The schedule in steps: `decay_steps` where the rate decays, `warmup_steps` where there are any."""
+    """The schedule in steps: `decay_steps` where the rate decays, `warmup_steps` if it warms up."""
     values.pop("lr_schedule.warmup_fraction", None)
     values.pop("lr_schedule.decay_steps", None)
     schedule = config.lr_schedule

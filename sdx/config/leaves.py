@@ -1,6 +1,7 @@
 """The schema as a flat table: every key by its dotted path, with type, default and metadata.
 
-Everything that speaks about keys in general (checks, errors, identity, reference, help) walks the schema here.
+Everything that speaks about keys in general (checks, errors, identity, reference, help) walks the
+schema here.
 """
 
 import dataclasses
@@ -19,10 +20,10 @@ from sdx.config.schema import Config, OnResume
 
 @dataclass(frozen=True)
 class Leaf:
-    """One key. `type` is the value's type without `None`; for lists `element` is the type of an item."""
+    """One key. `kind` is its type without `None`; of lists `element` is the type of an item."""
 
     path: str
-    type: type
+    kind: type
     element: type | None
     optional: bool
     default: Any
@@ -42,14 +43,14 @@ class Leaf:
     @property
     def choices(self) -> list[str]:
         """Names an enum key accepts; empty for other keys."""
-        kind = self.element or self.type
+        kind = self.element or self.kind
         return [member.name for member in kind] if issubclass(kind, Enum) else []
 
     @property
     def type_name(self) -> str:
         """The type as a person reads it: `int`, `list of str`, `float or null`."""
         names = {str: "text", bool: "true or false", float: "number", int: "whole number"}
-        kind = self.element or self.type
+        kind = self.element or self.kind
         name = names.get(kind, "one of " + ", ".join(self.choices))
         name = f"list of {name}" if self.element else name
         return f"{name}, or null" if self.optional else name

@@ -1,7 +1,7 @@
 """What a person typed, held against the schema one override at a time.
 
-Hydra stops at the first fault and says little about it; here each override is parsed and judged by itself, so that all
-faults can be listed, and only the sound ones are composed.
+Hydra stops at the first fault and says little about it; here each override is parsed and judged by
+itself, so that all faults can be listed, and only the sound ones are composed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,6 +18,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from sdx.config import peers
 from sdx.config.errors import Problem, any_of, nearest
+from sdx.config.folders import group_options
 from sdx.config.leaves import Leaf, groups, leaves
 from sdx.config.schema import ActivationsDtype, Config, WeightsDtype
 
@@ -26,7 +27,9 @@ _HALF = {"float16", "fp16", "half"}
 
 @dataclass
 class Inspected:
-    """Overrides after inspection: those to compose, the keys and values they set, and the faults of the others."""
+    """Overrides after inspection: those to compose, the keys and values they set, and the faults of
+    the others.
+    """
 
     sound: list[str] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
@@ -39,9 +42,11 @@ class Inspected:
 
 
 def inspect(overrides: Sequence[str], folders: Sequence[Path] | None) -> Inspected:
-    """Judge every override; `folders` hold the groups' options (None: a saved configuration, which has keys only)."""
+    """Judge every override; `folders` hold the groups' options (None: a saved configuration, which
+    has keys only).
+    """
     result = Inspected()
-    options = group_options(folders or [])
+    options = group_options(folders) if folders is not None else {}
     for text in overrides:
         override = parse(text)
         if isinstance(override, Problem):
@@ -68,17 +73,6 @@ def parse(text: str) -> Override | Problem:
         reason = str(error).splitlines()[0]
         fix = "quote values with special characters: " + f"'{key}=\"…\"'"
         return Problem(key, got, f"not readable ({reason})", fix)
-
-
-def group_options(folders: Sequence[Path]) -> dict[str, list[str]]:
-    """Options of every group, from all `folders`; the groups are those of the first."""
-    names = (
-        sorted(folder.name for folder in folders[0].iterdir() if folder.is_dir()) if folders else []
-    )
-    return {
-        name: sorted({file.stem for folder in folders for file in (folder / name).glob("*.yaml")})
-        for name in names
-    }
 
 
 def explain(error: Exception) -> Problem:
@@ -176,17 +170,14 @@ def _nearest_key(path: str, options: dict[str, list[str]]) -> str | None:
         return same[0]
     root = path.split(".")[0]
     if root not in groups() and (near_root := nearest(root, {*groups(), *options})):
-        corrected = ".".join([near_root, *path.split(".")[1:]])
-        if corrected in leaves() or corrected in options:
-            return corrected
-        path = corrected
-    siblings = [key for key in leaves() if key.startswith(path.rpartition(".")[0] + ".")]
-    if "." not in path:
-        siblings = [*options]
-        by_name = {key.rpartition(".")[2]: key for key in leaves()}
-        if not nearest(path, siblings) and (near := nearest(path, by_name)):
-            return by_name[near]
-    return nearest(path, siblings) or nearest(path, leaves())
+        path = ".".join([near_root, *path.split(".")[1:]])
+        if path in leaves() or path in options:
+            return path
+    group = path.rpartition(".")[0]
+    siblings = {key.rpartition(".")[2]: key for key in leaves() if key.rpartition(".")[0] == group}
+    by_name = {key.rpartition(".")[2]: key for key in leaves()}
+    near = nearest(name, siblings)
+    return siblings[near] if near else by_name.get(nearest(name, by_name) or "")
 
 
 def _type_fault(leaf: Leaf, got: Any) -> Problem | None:
@@ -197,12 +188,9 @@ def _type_fault(leaf: Leaf, got: Any) -> Problem | None:
     try:
         node[name] = got
     except OmegaConfBaseException:
-        is_dtype = leaf.type in {WeightsDtype, ActivationsDtype}
+        is_dtype = leaf.kind in {WeightsDtype, ActivationsDtype}
         if is_dtype and str(got).lower() in _HALF:
-            rule = (
-                "float16 overflows in training without loss scaling; bfloat16 has float32's range at the"
-                " same size"
-            )
+            rule = "float16 overflows without loss scaling; bfloat16 has float32's range in 2 bytes"
             return Problem(leaf.path, _shown(got), rule, f"use {leaf.path}=bfloat16")
         near = nearest(str(got), leaf.choices)
         fix = f"did you mean {near}?" if near else None

@@ -1,5 +1,368 @@
-"""stub"""
+"""What became of every key of MaxDiffusion and every argument of diffusers' text-to-image script.
+
+One table with one outcome a name: the sdx key that does it, automatic, not supported because …, or
+planned. It answers people who type the names they know, and it makes the migration table of the
+documentation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+MAXDIFFUSION = "MaxDiffusion"
+DIFFUSERS = "diffusers"
 
 
-def answer(name: str, got: str) -> tuple[str, str | None] | None:
-    return None
+class Outcome(Enum):
+    key = "sdx key"
+    automatic = "automatic"
+    unsupported = "not supported"
+    planned = "planned in a later version"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One peer's name. `target` is the sdx key or group, `note` a reason, `values` translates the
+    peer's spellings.
+    """
+
+    name: str
+    peers: tuple[str, ...]
+    outcome: Outcome
+    target: str | None = None
+    note: str | None = None
+    values: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The outcome in one line, for the documentation."""
+        if self.outcome is Outcome.key:
+            return f"`{self.target}`" + (f" ({self.note})" if self.note else "")
+        target = f": `{self.target}`" if self.target else ""
+        return self.outcome.value + target + (f": {self.note}" if self.note else "")
+
+
+def answer(name: str, got: str | None) -> tuple[str, str] | None:
+    """What is wrong with typing `name`, and what to type instead; None for a name no peer has."""
+    row = TABLE.get(name.lstrip("-").replace("-", "_").split(".")[0])
+    if row is None:
+        return None
+    whose = f"a name of {' and '.join(row.peers)}"
+    because = f", {row.note}" if row.note else ""
+    if row.outcome is Outcome.key:
+        return f"{whose}{because}", f"use {row.target}={_translated(row, got)}"
+    if row.outcome is Outcome.automatic:
+        return f"{whose}, automatic here{because}", "leave it out"
+    target = f" as {row.target}" if row.target else ""
+    return f"{whose}, {row.outcome.value}{target}{because}", "leave it out"
+
+
+def _translated(row: Row, got: str | None) -> str:
+    if row.values:
+        return row.values.get((got or "true").lower(), "…")
+    return "true" if got is None else got
+
+
+_Cell = str | tuple[str | None, str | None] | tuple[str, str | None, Mapping[str, str]]
+
+
+def _rows(peers: tuple[str, ...], outcome: Outcome, names: Mapping[str, _Cell]) -> list[Row]:
+    """Rows from `name: target` or `name: (target or None, note[, values])`."""
+    rows = []
+    for name, cell in names.items():
+        cell = (cell, None) if isinstance(cell, str) else cell
+        values = cell[2] if len(cell) == 3 else {}
+        rows.append(Row(name, peers, outcome, cell[0], cell[1], values))
+    return rows
+
+
+_BOOL = {"true": "true", "false": "false"}
+_DTYPES = {"fp16": "bfloat16", "bf16": "bfloat16", "no": "float32"}
+_REMAT = {"true": "full", "false": "none"}
+_DREAMBOOTH = (None, "sdx trains on captioned images, it has no DreamBooth loop")
+_CONTROLNET = (None, "sdx trains the UNet of Stable Diffusion, no ControlNet")
+_NO_QUANTIZATION = (
+    None,
+    "quantized training changes the mathematics; use model.weights_dtype=bfloat16",
+)
+_ONE_SOURCE = ("sdx.encode", "caches are written by a command of their own")
+
+_BOTH = _rows(
+    (MAXDIFFUSION, DIFFUSERS),
+    Outcome.key,
+    {
+        "output_dir": "run.output_dir",
+        "pretrained_model_name_or_path": ("model.pretrained", "or choose model=sd21, sd15, …"),
+        "seed": "run.seed",
+        "resolution": "data.resolution",
+        "center_crop": "data.center_crop",
+        "random_flip": "data.random_flip",
+        "caption_column": "data.caption_column",
+        "train_data_dir": ("data.dir", "with data=imagefolder"),
+        "max_train_samples": "train.max_samples",
+        "max_train_steps": "train.max_steps",
+        "num_train_epochs": ("train.epochs", "with train.max_steps=null"),
+        "learning_rate": "optimizer.lr",
+        "scale_lr": "optimizer.scale_lr",
+        "adam_weight_decay": "optimizer.weight_decay",
+        "max_grad_norm": ("optimizer.max_grad_norm", "null = off"),
+        "snr_gamma": ("diffusion.snr_gamma", "null = off"),
+        "prediction_type": "diffusion.prediction_type",
+    },
+) + _rows(
+    (MAXDIFFUSION, DIFFUSERS),
+    Outcome.planned,
+    {
+        "revision": "model.revision",
+        "dataset_name": ("data.name", "images on disk: data=imagefolder data.dir=FOLDER"),
+        "dataset_config_name": "data.config",
+        "image_column": "data.image_column",
+    },
+)
+
+_MAXDIFFUSION_KEYS = _rows(
+    (MAXDIFFUSION,),
+    Outcome.key,
+    {
+        "run_name": "run.name",
+        "base_output_directory": "run.output_dir",
+        "write_metrics": ("metrics.sinks", None, {"true": "[tensorboard,jsonl]", "false": "[]"}),
+        "log_period": "metrics.every",
+        "weights_dtype": "model.weights_dtype",
+        "activations_dtype": "model.activations_dtype",
+        "precision": (
+            "model.matmul_precision",
+            None,
+            {"default": "default", "high": "high", "highest": "highest"},
+        ),
+        "norm_num_groups": "model.unet.norm_num_groups",
+        "train_new_unet": ("model.init", None, {"true": "random", "false": "pretrained"}),
+        "diffusion_scheduler_config": (
+            "diffusion.prediction_type",
+            "and the other diffusion.* keys",
+            {"": "…"},
+        ),
+        "ici_data_parallelism": "mesh.ici.data",
+        "ici_fsdp_parallelism": "mesh.ici.fsdp",
+        "ici_tensor_parallelism": "mesh.ici.tensor",
+        "train_split": "data.split",
+        "dataset_type": ("data", "choose the source", {"hf": "imagefolder"}),
+        "jax_cache_dir": "run.compilation_cache_dir",
+        "grain_worker_count": "data.num_workers",
+        "tokenize_captions_num_proc": "data.num_workers",
+        "transform_images_num_proc": "data.num_workers",
+        "enable_data_shuffling": "data.shuffle",
+        "reuse_example_batch": ("debug", "a few examples over and over", {"true": "overfit"}),
+        "checkpoint_every": ("checkpoint.every", "in steps; 0 = only at the end"),
+        "per_device_batch_size": "train.per_device_batch_size",
+        "warmup_steps_fraction": "lr_schedule.warmup_fraction",
+        "learning_rate_schedule_steps": "lr_schedule.decay_steps",
+        "remat_policy": ("train.remat", None, {"full": "full", "none": "none"}),
+        "adam_b1": "optimizer.b1",
+        "adam_b2": "optimizer.b2",
+        "adam_eps": "optimizer.eps",
+        "opt_enable_grad_global_norm_clipping": (
+            "optimizer.max_grad_norm",
+            "one switch, null = off",
+            {"true": "1.0", "false": "null"},
+        ),
+        "prompt": ("sample.prompts", "a list", {"": "…"}),
+        "negative_prompt": "sample.negative_prompt",
+        "guidance_scale": "sample.guidance_scale",
+        "num_inference_steps": "sample.num_steps",
+        # Names that are groups here; typing them chooses an option.
+        "attention": "attention",
+        "hardware": "hardware",
+    },
+)
+
+_MAXDIFFUSION_REST = (
+    _rows(
+        (MAXDIFFUSION,),
+        Outcome.automatic,
+        {
+            "tensorboard_dir": (None, "RUN/tensorboard"),
+            "metrics_file": (None, "RUN/metrics.jsonl"),
+            "gcs_metrics": (None, "metrics lie in the run folder"),
+            "timing_metrics_file": (None, "step times are in RUN/metrics.jsonl"),
+            "write_timing_metrics": (None, "step times are in RUN/metrics.jsonl"),
+            "save_config_to_gcs": (None, "every run folder holds its config.yaml"),
+            "from_pt": (None, "safetensors of diffusers are what is read"),
+            "jit_initializers": (None, "state is made sharded, under jit"),
+            "skip_jax_distributed_system": (None, "it follows from hardware.num_hosts"),
+            "data_sharding": (None, "the batch is split over mesh data x fsdp"),
+            "allow_split_physical_axes": (None, "the mesh is laid out to fit the topology"),
+            "hf_access_token": (None, "read from HF_TOKEN or a login, never from a config"),
+        },
+    )
+    + _rows(
+        (MAXDIFFUSION,),
+        Outcome.planned,
+        {
+            "unet_checkpoint": "model.unet_checkpoint",
+            "split_head_dim": "attention.split_head_dim",
+            "flash_block_sizes": "attention.block_sizes",
+            "flash_min_seq_length": "attention.min_sequence",
+            "mask_padding_tokens": "attention.mask_padding_tokens",
+            "attention_sharding_uniform": "attention.shard_sequence",
+            "ici_context_parallelism": "attention.shard_sequence",
+            "train_text_encoder": "train.text_encoder",
+            "text_encoder_learning_rate": "optimizer.text_encoder_lr",
+            "timestep_bias": "diffusion.timestep_bias",
+            "dcn_data_parallelism": "mesh.dcn.data",
+            "dcn_fsdp_parallelism": "mesh.dcn.fsdp",
+            "dcn_tensor_parallelism": "mesh.dcn.tensor",
+            "dcn_context_parallelism": "attention.shard_sequence",
+            "cache_latents_text_encoder_outputs": "data.cache",
+            "dataset_save_location": "data.cache_dir",
+            "hf_data_dir": "data.name",
+            "hf_train_files": "data.name",
+            "grain_train_files": "data.files",
+            "enable_single_replica_ckpt_restoring": "checkpoint.single_replica_restore",
+            "enable_profiler": "profiler.enabled",
+            "skip_first_n_steps_for_profiler": "profiler.skip_steps",
+            "profiler_steps": "profiler.steps",
+            "guidance_rescale": "sample.guidance_rescale",
+            "compile_topology_num_slices": ("sdx.plan", "compiles for chips that are not here"),
+            "data_files_pattern": _ONE_SOURCE,
+            "extracted_files_dir": _ONE_SOURCE,
+            "tfrecords_dir": _ONE_SOURCE,
+            "no_records_per_shard": _ONE_SOURCE,
+        },
+    )
+    + _rows(
+        (MAXDIFFUSION,),
+        Outcome.unsupported,
+        {
+            "mesh_axes": (None, "the axes are data, fsdp and tensor; set mesh.ici.*"),
+            "logical_axis_rules": (None, "sharding rules are a tested table in the code"),
+            "opt_enable_grad_clipping": (
+                None,
+                "elementwise clipping turns the gradient; use optimizer.max_grad_norm",
+            ),
+            "max_grad_value": (
+                None,
+                "elementwise clipping turns the gradient; use optimizer.max_grad_norm",
+            ),
+            "enable_mllog": (None, "it serves MLPerf submissions only"),
+            "instance_data_dir": _DREAMBOOTH,
+            "instance_prompt": _DREAMBOOTH,
+            "class_data_dir": _DREAMBOOTH,
+            "class_prompt": _DREAMBOOTH,
+            "prior_loss_weight": _DREAMBOOTH,
+            "num_class_images": _DREAMBOOTH,
+            "cache_dreambooth_dataset": _DREAMBOOTH,
+            "controlnet_model_name_or_path": _CONTROLNET,
+            "controlnet_from_pt": _CONTROLNET,
+            "controlnet_conditioning_scale": _CONTROLNET,
+            "controlnet_image": _CONTROLNET,
+            "quantization": _NO_QUANTIZATION,
+            "quantization_local_shard_count": _NO_QUANTIZATION,
+            "use_qwix_quantization": _NO_QUANTIZATION,
+            "enable_ml_diagnostics": (None, "it is a Google Cloud service; see metrics.sinks"),
+            "profiler_gcs_path": (None, "traces will lie in the run folder"),
+            "enable_ondemand_xprof": (None, "it is a Google Cloud service"),
+        },
+    )
+)
+
+_DIFFUSERS_KEYS = _rows(
+    (DIFFUSERS,),
+    Outcome.key,
+    {
+        "image_interpolation_mode": "data.interpolation",
+        "train_batch_size": "train.per_device_batch_size",
+        "dataloader_num_workers": "data.num_workers",
+        "gradient_accumulation_steps": "train.gradient_accumulation",
+        "gradient_checkpointing": ("train.remat", None, _REMAT),
+        "mixed_precision": (
+            "model.activations_dtype",
+            "float16 would need loss scaling, bfloat16 does not",
+            _DTYPES,
+        ),
+        "allow_tf32": (
+            "model.matmul_precision",
+            None,
+            {"true": "default", "false": "highest"},
+        ),
+        "lr_scheduler": ("lr_schedule", None),
+        "lr_warmup_steps": (
+            "lr_schedule.warmup_steps",
+            "with a schedule that warms up, such as lr_schedule=constant_with_warmup",
+        ),
+        "adam_beta1": "optimizer.b1",
+        "adam_beta2": "optimizer.b2",
+        "adam_epsilon": "optimizer.eps",
+        "use_ema": ("train.ema", None, _BOOL),
+        "validation_prompts": ("sample.prompts", "a list", {"": "…"}),
+        "validation_prompt": ("sample.prompts", "a list", {"": "…"}),
+        "validation_epochs": ("sample.every", "in steps", {"": "…"}),
+        "checkpointing_steps": "checkpoint.every",
+        "checkpoints_total_limit": ("checkpoint.keep", "at least 2"),
+        "resume_from_checkpoint": (
+            "run.resume_from",
+            "the same command again continues by itself; this forks from another run",
+            {"": "…"},
+        ),
+        "report_to": (
+            "metrics.sinks",
+            None,
+            {"tensorboard": "[tensorboard,jsonl]", "all": "[tensorboard,jsonl]"},
+        ),
+        "tracker_project_name": "run.name",
+    },
+)
+
+_DIFFUSERS_REST = (
+    _rows(
+        (DIFFUSERS,),
+        Outcome.automatic,
+        {
+            "non_ema_revision": (None, "one UNet is read; both averages and raw weights are saved"),
+            "cache_dir": (None, "HF_HOME says where downloads are kept"),
+            "enable_xformers_memory_efficient_attention": (None, "attention=auto picks the kernel"),
+            "foreach_ema": (None, "the average is fused into the step"),
+            "logging_dir": (None, "RUN/tensorboard"),
+            "local_rank": (None, "processes find each other"),
+            "hub_token": (None, "read from HF_TOKEN or a login, never from a config"),
+        },
+    )
+    + _rows(
+        (DIFFUSERS,),
+        Outcome.planned,
+        {
+            "variant": "model.variant",
+            "use_8bit_adam": ("optimizer=adafactor", "its state takes less than 8-bit moments"),
+            "dream_training": "diffusion.dream",
+            "dream_detail_preservation": "diffusion.dream",
+            "noise_offset": "diffusion.noise_offset",
+            "input_perturbation": "diffusion.input_perturbation",
+            "push_to_hub": "export.push_to_hub",
+            "hub_model_id": "export.hub_model_id",
+            "rank": "adapter.rank",
+        },
+    )
+    + _rows(
+        (DIFFUSERS,),
+        Outcome.unsupported,
+        {
+            "offload_ema": (
+                None,
+                "the average is updated inside the step; spread it with mesh=fsdp to save memory",
+            ),
+            "num_validation_images": (None, "one picture a prompt; repeat a prompt for more"),
+        },
+    )
+)
+
+
+TABLE: Mapping[str, Row] = {
+    row.name: row
+    for row in [
+        *_BOTH,
+        *_MAXDIFFUSION_KEYS,
+        *_MAXDIFFUSION_REST,
+        *_DIFFUSERS_KEYS,
+        *_DIFFUSERS_REST,
+    ]
+}

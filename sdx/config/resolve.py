@@ -1,6 +1,7 @@
 """Values that follow from several keys, each a function of the configuration.
 
-Nothing here looks at the machine: what only the machine knows (devices found, examples in a folder) is handed in.
+Nothing here looks at the machine: what only the machine knows (devices found, examples in a folder)
+is handed in.
 """
 
 import dataclasses
@@ -54,8 +55,8 @@ def unet_factor(config: Config) -> int:
 def global_batch_size(config: Config, num_devices: int | None = None) -> int:
     """Examples in one update.
 
-    `num_devices` is what the machine has, for presets that do not say (bare `gpu` and `tpu`). Raises ValueError where the
-    number is unknown or not whole; `check` reports both beforehand.
+    `num_devices` is what the machine has, for presets that do not say (bare `gpu` and `tpu`).
+    Raises ValueError where the number is unknown or not whole; `check` reports both beforehand.
     """
     train = config.train
     if train.global_batch_size is not None:
@@ -63,16 +64,16 @@ def global_batch_size(config: Config, num_devices: int | None = None) -> int:
     devices = num_devices or config.hardware.num_devices
     if devices is None:
         raise ValueError(
-            f"train.global_batch_size: needed, because hardware={config.hardware.name} does not say how many devices"
-            " there are; set it or hardware.num_devices."
+            f"train.global_batch_size: missing, hardware={config.hardware.name} does not say how"
+            " many devices there are; set it or hardware.num_devices."
         )
     if train.per_device_batch_size is None:
         raise ValueError("train.per_device_batch_size: missing; set it or train.global_batch_size.")
     size = train.per_device_batch_size * devices * train.gradient_accumulation
     if size < 1 or not math.isclose(size, round(size), abs_tol=1e-6):
         raise ValueError(
-            f"train.per_device_batch_size={train.per_device_batch_size:g}: times {devices} devices and"
-            f" {train.gradient_accumulation} micro-steps is {size:g}, not a whole number of examples."
+            f"train.per_device_batch_size={train.per_device_batch_size:g}: times {devices} devices"
+            f" and {train.gradient_accumulation} micro-steps is {size:g}, not a whole number."
         )
     return round(size)
 
@@ -95,7 +96,7 @@ def num_examples(config: Config) -> int | None:
 
 
 def max_steps(config: Config, num_examples: int, num_devices: int | None = None) -> int:
-    """Update attempts in all; `num_examples` is the size of the source before `train.max_samples`."""
+    """Update attempts in all; `num_examples` is the source before `train.max_samples`."""
     train = config.train
     if train.max_steps is not None:
         return train.max_steps

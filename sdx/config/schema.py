@@ -1,11 +1,12 @@
 """Every configuration key of sdx: type, default, unit, range and one line of help.
 
-This file is the only place where a key is declared; YAML in `conf/` chooses values for these keys, `reference.py` turns
-them into the configuration reference and the editors' JSON Schemas, `check.py` holds the rules that span several keys and
-`identity.py` reads from the metadata which keys decide the mathematics of a run.
+This file is the only place where a key is declared; YAML in `conf/` chooses values for these keys,
+`reference.py` turns them into the configuration reference and the editors' JSON Schemas, `check.py`
+holds the rules that span several keys and `identity.py` reads from the metadata which keys decide
+the mathematics of a run.
 
-Enum members are named as users type them (OmegaConf 2.3 matches names). Group fields of `Config` are `MISSING`: a default
-factory would instantiate the group before its values are composed.
+Enum members are named as users type them (OmegaConf 2.3 matches names). Group fields of `Config`
+are `MISSING`: a default factory would instantiate the group before its values are composed.
 """
 
 from dataclasses import dataclass, field
@@ -146,11 +147,12 @@ def option(
     identity: bool = True,
     on_resume: OnResume | None = None,
 ) -> Any:
-    """A schema field: default, one line of help, and what checks, reference and identity need to know.
+    """A schema field: default, one line of help, and what checks, reference and identity need to
+    know.
 
-    `at_least`/`at_most` are inclusive bounds, `above`/`below` exclusive; `null` always passes a bound. `identity` says
-    whether the key decides the mathematics of a run (DESIGN: identity). `on_resume` defaults to forbidden for identity
-    keys and free for the others.
+    `at_least`/`at_most` are inclusive bounds, `above`/`below` exclusive; `null` always passes a
+    bound. `identity` says whether the key decides the mathematics of a run (DESIGN: identity).
+    `on_resume` defaults to forbidden for identity keys and free for the others.
     """
     metadata = {
         "help": help,
@@ -184,7 +186,8 @@ class RunConfig:
     tags: list[str] = option([], "Free words kept in the run's record.", identity=False)
     resume: ResumePolicy = option(
         ResumePolicy.auto,
-        "auto continues from the newest valid checkpoint, never refuses an existing folder, must refuses to start anew.",
+        "auto continues from the newest valid checkpoint; never refuses an existing folder,"
+        " must refuses to start anew.",
         identity=False,
     )
     resume_from: str | None = option(
@@ -217,7 +220,7 @@ class UNetConfig:
     )
     attention_head_dim: list[int] = option(
         MISSING,
-        "Number of attention heads of each level (diffusers' legacy name: these are head counts, not sizes).",
+        "Attention heads of each level (diffusers' legacy name: counts, not sizes).",
     )
     cross_attention_dim: int = option(MISSING, "Width of the text states.", at_least=1)
     use_linear_projection: bool = option(
@@ -269,7 +272,9 @@ class TextEncoderConfig:
 
 @dataclass
 class ModelConfig:
-    name: str = option(MISSING, "Name of the architecture; part of the run folder's name.")
+    name: str = option(
+        MISSING, "Name of the architecture; part of the run folder's name.", identity=False
+    )
     pretrained: str = option(
         MISSING, "Weights: a diffusers-layout folder, a Hub id, or `tiny` for the embedded model."
     )
