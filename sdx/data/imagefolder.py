@@ -27,6 +27,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
 from sdx.data.images import check_size, decode
 from sdx.data.metadata import TABLES, Listed, check_inside, read_caption_file, read_table
@@ -83,14 +84,7 @@ class ImageFolderSource:
         self._entries = [verdict for verdict in verdicts if isinstance(verdict, _Entry)]
         self.bad_images = [verdict for verdict in verdicts if isinstance(verdict, BadImage)]
         self._refuse_or_say(max_bad_fraction, say)
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of names, sizes and captions; pixels are not read for it."""
-        digest = hashlib.sha256()
-        for entry in self._entries:
-            digest.update(json.dumps([entry.path, entry.num_bytes, entry.captions]).encode())
-        return digest.hexdigest()[:16]
+        self.fingerprint = _fingerprint(self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -122,6 +116,14 @@ class ImageFolderSource:
                 self.bad_images,
             )
         say(f"skipped {num_bad} bad images: {reasons}")
+
+
+def _fingerprint(entries: list[_Entry]) -> str:
+    """A hash of names, sizes and captions; pixels are not read for it."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(json.dumps([entry.path, entry.num_bytes, entry.captions]).encode())
+    return digest.hexdigest()[:16]
 
 
 class _Scan:
@@ -165,6 +167,8 @@ class _Scan:
             raise BadImageError("missing", "no such file") from error
         except OSError as error:
             raise BadImageError("unreadable", str(error.strerror)) from error
+        if not S_ISREG(stat.st_mode):  # reading a pipe would wait for ever
+            raise BadImageError("unreadable", "not a file")
         key = [stat.st_size, stat.st_mtime_ns]
         known = self._known.get(name)
         if known is not None and known[:2] == key:
@@ -253,6 +257,7 @@ def _read_tables(
     """
     listed: dict[Path, Listed] = {}
     for table in tables:
+        check_inside(table, root, str(table))
         for path, row in read_table(table, root, caption_column).items():
             if path in listed:
                 raise DataError(

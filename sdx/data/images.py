@@ -133,10 +133,11 @@ def _opened(path: Path, max_pixels: int) -> Image.Image:
         raise BadImageError("over-large", _describe(error)) from error
     except UnidentifiedImageError as error:
         raise _unidentified(path) from error
-    except OSError as error:
-        raise BadImageError("unreadable", _describe(error)) from error
     except Exception as error:
-        raise BadImageError("corrupt", _describe(error)) from error
+        if isinstance(error, OSError) and error.errno is not None:
+            raise BadImageError("unreadable", _describe(error)) from error
+        reason = "truncated" if _is_cut_webp(path) else _decoding_reason(error)
+        raise BadImageError(reason, _describe(error)) from error
     try:
         check_size(*image.size, max_pixels)
     except BadImageError:
@@ -153,6 +154,13 @@ def _unidentified(path: Path) -> BadImageError:
     if head.startswith(_MAGIC):
         return BadImageError("truncated", "ends within its header")
     return BadImageError("not an image", f"neither {', '.join(FORMATS)}: begins with {head!r}")
+
+
+def _is_cut_webp(path: Path) -> bool:
+    """Whether the file is shorter than its RIFF header says; Pillow names no cause for it."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    return head[:4] == b"RIFF" and path.stat().st_size < 8 + int.from_bytes(head[4:], "little")
 
 
 def _decoding_reason(error: Exception) -> str:

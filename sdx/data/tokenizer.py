@@ -16,7 +16,7 @@ tokenization_utils_base.py):
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers
@@ -43,6 +43,7 @@ _WORDS = (
 )
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Captions to rows of ids: start token, words, end token, padding; a long caption keeps its end
     token.
@@ -76,9 +77,9 @@ class ClipTokenizer:
 
     def __init__(self, folder: Path, config: dict[str, Any], max_length: int):
         vocab, merges, file_tokens = _read_bpe(folder)
-        named, extra = _special_tokens(folder, config, file_tokens)
+        named, added = _special_tokens(folder, config, file_tokens)
         self.max_length = max_length
-        self._backend = _clip_backend(vocab, merges, named, extra)
+        self._backend = _clip_backend(vocab, merges, named["unk_token"], added)
         self.pad_token_id = self._id(named["pad_token"])
         bos, eos = named["bos_token"], named["eos_token"]
         self._backend.post_processor = processors.RobertaProcessing(
@@ -137,8 +138,8 @@ class TransformersTokenizer:
 def _clip_backend(
     vocab: dict[str, int],
     merges: list[tuple[str, str]],
-    named: dict[str, AddedToken],
-    extra: list[AddedToken],
+    unknown: AddedToken,
+    added: list[AddedToken],
 ) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(
         BPE(
@@ -147,7 +148,7 @@ def _clip_backend(
             continuing_subword_prefix="",
             end_of_word_suffix="</w>",
             fuse_unk=False,
-            unk_token=str(named["unk_token"]),
+            unk_token=str(unknown),
         )
     )
     backend.normalizer = normalizers.Sequence(
@@ -159,13 +160,7 @@ def _clip_backend(
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    added = {str(token): token for token in extra}
-    for token in named.values():
-        added.setdefault(str(token), token)
-    names = {str(token) for token in named.values()}
-    for token in added.values():
-        token.special = token.special or str(token) in names
-    backend.add_tokens(list(added.values()))
+    backend.add_tokens(added)
     return backend
 
 
@@ -192,8 +187,9 @@ def _read_bpe(
 def _special_tokens(
     folder: Path, config: dict[str, Any], file_tokens: list[dict[str, Any]] | None
 ) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """The tokens with a role, by role, and those added to the vocabulary in the order of their
-    ids.
+    """The tokens with a role, by role, and all added tokens in the order of their adding.
+
+    A token named twice is added twice: the later one decides whether it is found in any case.
     """
     roles: dict[str, Any] = {**_NAMED_TOKENS, **{k: v for k, v in config.items() if v is not None}}
     extra: dict[int, AddedToken] = {}
@@ -215,8 +211,11 @@ def _special_tokens(
         for role in _NAMED_TOKENS
         if roles[role] is not None
     }
-    others = [_added_token(token) for token in roles.get("additional_special_tokens") or []]
-    return named, [token for _, token in sorted(extra.items())] + others
+    for token in named.values():
+        token.special = True
+    others = (_added_token(token) for token in roles.get("additional_special_tokens") or [])
+    added = [token for _, token in sorted(extra.items())]
+    return named, added + [t for t in (*named.values(), *others) if str(t) not in by_text]
 
 
 def _content(token: str | dict[str, Any] | None) -> str:
