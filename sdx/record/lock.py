@@ -112,7 +112,7 @@ class RunLock:
                         self.lost = True
                         return
                     os.utime(self.path)
-            except OSError:
+            except (OSError, ValueError):
                 continue  # a file system in trouble: the lease has room for three more tries
 
 
