@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 from sdx.config import resolve
 from sdx.config.errors import Problem, any_of
-from sdx.config.leaves import Leaf, leaves, plain, spelled, value
+from sdx.config.leaves import Leaf, leaves, spelled, value
 from sdx.config.schema import (
     Config,
     DataKind,
     DownBlock,
+    Init,
     LrScheduleKind,
 )
 
@@ -110,7 +111,8 @@ def _bounds(config: Config) -> Iterator[Problem]:
     for leaf in leaves().values():
         got = value(config, leaf.path)
         if isinstance(got, int | float) and (rule := _outside(leaf, got)):
-            yield Problem(leaf.path, spelled(got), rule)
+            fix = "null = off" if got == -1 and leaf.optional else None
+            yield Problem(leaf.path, spelled(got), rule, fix)
 
 
 def _outside(leaf: Leaf, got: float) -> str | None:
@@ -147,6 +149,9 @@ def _data(config: Config) -> Iterator[Problem]:
         yield Problem("data.dir", None, "missing", "data=imagefolder needs data.dir=FOLDER")
     if _is_shapes(config) and config.data.num_examples is None:
         yield Problem("data.num_examples", "null", "data=shapes needs a number of examples")
+    limit, examples = config.train.max_samples, config.data.num_examples
+    if _is_shapes(config) and limit and examples and limit > examples:
+        yield Problem("train.max_samples", str(limit), f"at most data.num_examples={examples}")
     split = config.data.split
     if split in {"", ".", ".."} or os.path.basename(split) != split:
         yield Problem("data.split", split, "must be the name of a split, not a path")
@@ -200,6 +205,12 @@ def _resolution(config: Config) -> Iterator[Problem]:
         yield Problem(path, str(pixels), rule, _neighbours(pixels, factor))
 
 
+def _weights(config: Config) -> Iterator[Problem]:
+    if config.model.pretrained == "tiny" and config.model.init is Init.pretrained:
+        rule = "the embedded model has no UNet to start from"
+        yield Problem("model.init", "pretrained", rule, "use model.init=random")
+
+
 def _architecture(config: Config) -> Iterator[Problem]:
     unet, vae, text = config.model.unet, config.model.vae, config.model.text_encoder
     yield from _same_length(config, "model.unet.block_out_channels", "model.unet.down_block_types")
@@ -224,8 +235,6 @@ def _architecture(config: Config) -> Iterator[Problem]:
     yield from _equal(config, "model.unet.in_channels", "model.vae.latent_channels")
     yield from _equal(config, "model.unet.out_channels", "model.vae.latent_channels")
     yield from _equal(config, "model.vae.out_channels", "model.vae.in_channels")
-    if config.model.text_encoder.max_position_embeddings < 3:
-        return
 
 
 def _same_length(config: Config, first: str, second: str) -> Iterator[Problem]:
@@ -350,7 +359,7 @@ def _names(config: Config) -> Iterator[Problem]:
         yield Problem("run.name", name, "must be one folder name", "use run.output_dir for a path")
     if not config.run.output_dir:
         yield Problem("run.output_dir", "''", "must be a folder")
-    if config.run.resume_from is not None and not plain(config.run.resume_from):
+    if config.run.resume_from == "":
         yield Problem("run.resume_from", "''", "must be RUN or RUN@STEP, or null")
 
 
@@ -360,6 +369,7 @@ _RULES: list[Callable[[Config], Iterator[Problem]]] = [
     _schedule,
     _diffusion,
     _resolution,
+    _weights,
     _architecture,
     _hardware,
     _mesh,

@@ -48,11 +48,13 @@ class Leaf:
 
     @property
     def type_name(self) -> str:
-        """The type as a person reads it: `int`, `list of str`, `float or null`."""
-        names = {str: "text", bool: "true or false", float: "number", int: "whole number"}
+        """The type as a person reads it: `a whole number`, `a list of texts`, `text, or null`."""
+        names = {str: "text", bool: "true or false", float: "a number", int: "a whole number"}
         kind = self.element or self.kind
         name = names.get(kind, "one of " + ", ".join(self.choices))
-        name = f"list of {name}" if self.element else name
+        if self.element:
+            items = {int: "whole numbers", str: "texts"}.get(kind, ", ".join(self.choices))
+            name = f"a list of {items}"
         return f"{name}, or null" if self.optional else name
 
 
@@ -98,7 +100,7 @@ def spelled(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
-        return f"{value:.12g}"
+        return f"{value:.12g}".replace("e-0", "e-").replace("e+0", "e")
     if isinstance(value, list):
         return "[" + ",".join(spelled(item) for item in value) + "]"
     return str(value)

@@ -19,7 +19,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from sdx.config import peers
 from sdx.config.errors import Problem, any_of, nearest
 from sdx.config.folders import group_options
-from sdx.config.leaves import Leaf, groups, leaves
+from sdx.config.leaves import Leaf, groups, leaves, spelled
 from sdx.config.schema import ActivationsDtype, Config, WeightsDtype
 
 _HALF = {"float16", "fp16", "half"}
@@ -155,7 +155,7 @@ def _unknown_key(
     if path in groups():
         example = next(key for key in leaves() if key.startswith(f"{path}."))
         return Problem(typed, shown, "this is a group of keys", f"set one, such as {example}=…")
-    if (known := peers.answer(path, shown)) and "." not in path:
+    if path.split(".")[0] not in groups() and (known := peers.answer(path, shown)):
         return Problem(typed, shown, *known)
     near = _nearest_key(path, options)
     fix = f"did you mean {near}?" if near else "python -m sdx.train --help shows where to look"
@@ -192,10 +192,19 @@ def _type_fault(leaf: Leaf, got: Any) -> Problem | None:
         if is_dtype and str(got).lower() in _HALF:
             rule = "float16 overflows without loss scaling; bfloat16 has float32's range in 2 bytes"
             return Problem(leaf.path, _shown(got), rule, f"use {leaf.path}=bfloat16")
-        near = nearest(str(got), leaf.choices)
-        fix = f"did you mean {near}?" if near else None
-        return Problem(leaf.path, _shown(got), f"must be {leaf.type_name}", fix)
+        return Problem(leaf.path, _shown(got), f"must be {leaf.type_name}", _type_fix(leaf, got))
     return None
+
+
+def _type_fix(leaf: Leaf, got: Any) -> str | None:
+    if leaf.element and not isinstance(got, list):
+        return f"write {leaf.path}=[{_shown(got)}]"
+    if leaf.kind is int and isinstance(got, float) and got.is_integer():
+        return f"use {leaf.path}={int(got)}"
+    names = got if isinstance(got, list) else [got]
+    wrong = [name for name in names if str(name) not in leaf.choices]
+    near = nearest(str(wrong[0]), leaf.choices) if wrong else None
+    return f"did you mean {near}?" if near else None
 
 
 def _items(path: str, got: Any) -> Iterator[tuple[str, Any]]:
@@ -230,9 +239,7 @@ def _typed_key(override: Override, path: str | None = None) -> str:
 
 
 def _shown(got: Any) -> str:
-    if isinstance(got, bool) or got is None:
-        return {True: "true", False: "false", None: "null"}[got]
-    return str(got)
+    return spelled(got)
 
 
 def _not_an_override(text: str) -> Problem:

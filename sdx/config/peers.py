@@ -47,14 +47,17 @@ def answer(name: str, got: str | None) -> tuple[str, str] | None:
     row = TABLE.get(name.lstrip("-").replace("-", "_").split(".")[0])
     if row is None:
         return None
-    whose = f"a name of {' and '.join(row.peers)}"
-    because = f", {row.note}" if row.note else ""
-    if row.outcome is Outcome.key:
-        return f"{whose}{because}", f"use {row.target}={_translated(row, got)}"
-    if row.outcome is Outcome.automatic:
-        return f"{whose}, automatic here{because}", "leave it out"
-    target = f" as {row.target}" if row.target else ""
-    return f"{whose}, {row.outcome.value}{target}{because}", "leave it out"
+    rule = "a name of " + " and ".join(row.peers)
+    note = f" ({row.note})" if row.note else ""
+    match row.outcome:
+        case Outcome.key:
+            return rule, f"use {row.target}={_translated(row, got)}{note}"
+        case Outcome.automatic:
+            return f"{rule}, automatic in sdx{note}", "leave it out"
+        case Outcome.planned:
+            return f"{rule}, planned for a later version as {row.target}{note}", "leave it out"
+        case Outcome.unsupported:
+            return f"{rule}, not supported: {row.note}", "leave it out"
 
 
 def _translated(row: Row, got: str | None) -> str:
