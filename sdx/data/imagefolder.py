@@ -39,6 +39,7 @@ SCAN_CACHE = Path("~/.cache/sdx/scans")
 _SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .heic .heif .jxl".split()
 )
+_MAX_BAD_SHOWN = 10
 _NUM_THREADS = min(16, os.cpu_count() or 1)
 
 
@@ -104,15 +105,18 @@ class ImageFolderSource:
         reasons = count_reasons(self.bad_images)
         total = num_bad + len(self._entries)
         if num_bad > max_bad_fraction * total or not self._entries:
-            shown = "\n".join(
+            fix = "repair or replace them"
+            if self._entries:
+                fix += f", or raise the limit to {_ceil(num_bad / total)} and go on without them"
+            shown = [
                 f"  {bad.path}: {bad.reason}" + (f" ({bad.detail})" if bad.detail else "")
-                for bad in self.bad_images[:10]
-            )
-            more = f"\n  and {num_bad - 10} more" if num_bad > 10 else ""
+                for bad in self.bad_images[:_MAX_BAD_SHOWN]
+            ]
+            if num_bad > len(shown):
+                shown.append(f"  and {num_bad - len(shown)} more")
             raise DataError(
                 f"data.max_bad_fraction={max_bad_fraction}: {num_bad} of {total} images of"
-                f" {self._root} are bad ({reasons}); repair or remove them, or raise the limit to"
-                f" {_ceil(num_bad / total)} and go on without them.\n{shown}{more}",
+                f" {self._root} are bad ({reasons}); {fix}.\n" + "\n".join(shown),
                 self.bad_images,
             )
         say(f"skipped {num_bad} bad images: {reasons}")
