@@ -1,0 +1,98 @@
+"""Text on disk: old or new, never torn, and without secrets."""
+
+import json
+import subprocess
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+
+import pytest
+
+from sdx.record.files import read_json, write_json, write_text
+from sdx.record.redact import redact
+
+pytestmark = pytest.mark.fast
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Colour(Enum):
+    red = 7
+
+
+def test_json_comes_back_with_enums_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    assert read_json(path) is None
+    write_json(path, {"colour": Colour.red, "path": Path("a/b"), "text": "größe"})
+    assert read_json(path) == {"colour": "red", "path": "a/b", "text": "größe"}
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", ""])
+def test_a_broken_file_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"a\.json"):
+        read_json(path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\ud800")
+    assert read_json(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kill_at_any_time_leaves_a_whole_file(tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from sdx.record.files import write_json
+path = Path(sys.argv[1])
+for n in range(10**9):
+    write_json(path, {"n": n, "long": str(n) * 20_000})
+    print(n, flush=True)
+"""
+    path = tmp_path / "a.json"
+    for delay in (0.0, 0.013, 0.037, 0.071):
+        with subprocess.Popen(
+            [sys.executable, "-c", script, str(path)], cwd=REPOSITORY, stdout=subprocess.PIPE
+        ) as writer:
+            assert writer.stdout is not None
+            writer.stdout.readline()
+            time.sleep(delay)
+            writer.kill()
+        content = json.loads(path.read_text())
+        assert content["long"] == str(content["n"]) * 20_000
+
+
+TOKEN = "hf_" + "aB3" * 11
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"export HF_TOKEN={TOKEN} now", "export HF_TOKEN=*** now"),
+        (f'["model.token={TOKEN}"]', '["model.token=***"]'),
+        ("key AKIAIOSFODNN7EXAMPLE.", "key ***."),
+        ("Authorization: Bearer abc.DEF-123_456~789/+=", "Authorization: Bearer ***"),
+        ("https://me:p%40ss@host.org/x?a=b", "https://***@host.org/x?a=b"),
+        ("s3://token@bucket/key", "s3://***@bucket/key"),
+        ("https://host.org/~me/a@b", "https://host.org/~me/a@b"),
+        ("num_tokens=77 token_ids hf_hub", "num_tokens=77 token_ids hf_hub"),
+        ("a bearer standing in the snow", "a bearer standing in the snow"),
+        ("Bearer extraordinarinessquest", "Bearer extraordinarinessquest"),
+        ("git@github.com:owner/name", "git@github.com:owner/name"),
+    ],
+)
+def test_secrets_go_and_words_stay(text: str, expected: str) -> None:
+    assert redact(text) == expected
+    assert redact(redact(text)) == expected
+
+
+def test_what_is_written_is_redacted_and_still_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "a", {"argv": [f"--token={TOKEN}", "https://u:p@h/"], "n": 1})
+    assert read_json(tmp_path / "a") == {"argv": ["--token=***", "https://***@h/"], "n": 1}
