@@ -1,0 +1,1 @@
+"""Pretrained weights: diffusers-layout folders, their names and their configs. NCHW ends here."""

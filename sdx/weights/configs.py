@@ -1,0 +1,208 @@
+"""The JSON configs beside weights: read into our dataclasses, and compared with a run's config.
+
+A key that a file leaves out has the value diffusers or transformers would give it (`ABSENT`), which
+is not always the schema's default. A file that asks for mathematics we do not have is refused
+(`ONLY`), because its weights might fit and still mean something else.
+"""
+
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from sdx.config.schema import (
+    DownBlock,
+    HiddenAct,
+    ModelConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from sdx.weights.errors import WeightsError
+from sdx.weights.load import read_json, read_scheduler_config
+
+# Defaults of diffusers 0.42 (UNet2DConditionModel, AutoencoderKL), transformers 5 (CLIPTextConfig).
+ABSENT: dict[str, dict[str, Any]] = {
+    "unet": {
+        "sample_size": 64,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "layers_per_block": 2,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "attention_head_dim": 8,
+        "cross_attention_dim": 1280,
+        "use_linear_projection": False,
+        "upcast_attention": False,
+        "norm_num_groups": 32,
+        "norm_eps": 1e-5,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+    },
+    "vae": {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "block_out_channels": [64],
+        "layers_per_block": 1,
+        "norm_num_groups": 32,
+        "scaling_factor": 0.18215,
+    },
+    "text_encoder": {
+        "vocab_size": 49408,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+}
+# Keys we have no switch for, with the values that mean what we compute.
+ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
+    "unet": {
+        "act_fn": ("silu",),
+        "addition_embed_type": (None,),
+        "attention_type": ("default",),
+        "center_input_sample": (False,),
+        "class_embed_type": (None,),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "cross_attention_norm": (None,),
+        "downsample_padding": (1,),
+        "dual_cross_attention": (False,),
+        "encoder_hid_dim": (None,),
+        "mid_block_only_cross_attention": (None, False),
+        "mid_block_scale_factor": (1,),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "num_attention_heads": (None,),
+        "num_class_embeds": (None,),
+        "only_cross_attention": (False,),
+        "resnet_out_scale_factor": (1.0,),
+        "resnet_skip_time_act": (False,),
+        "resnet_time_scale_shift": ("default",),
+        "time_cond_proj_dim": (None,),
+        "time_embedding_act_fn": (None,),
+        "time_embedding_dim": (None,),
+        "time_embedding_type": ("positional",),
+        "timestep_post_act": (None,),
+        "transformer_layers_per_block": (1,),
+    },
+    "vae": {
+        "act_fn": ("silu",),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+        "mid_block_add_attention": (True,),
+        "shift_factor": (None,),
+        "use_post_quant_conv": (True,),
+        "use_quant_conv": (True,),
+    },
+    "text_encoder": {"model_type": ("clip_text_model",)},
+}
+UP_BLOCKS = {
+    "CrossAttnDownBlock2D": "CrossAttnUpBlock2D",
+    "DownBlock2D": "UpBlock2D",
+}
+# The native size of a model is a recommendation, not mathematics: another one loads.
+NOT_COMPARED = {"sample_size"}
+
+
+def read_unet_config(folder: Path) -> UNetConfig:
+    """The UNet that `folder/unet/config.json` describes."""
+    found = _read(folder, "unet")
+    mirrored = [UP_BLOCKS.get(kind) for kind in reversed(found["down_block_types"])]
+    if found.get("up_block_types", mirrored) != mirrored:
+        raise WeightsError(
+            f"{folder / 'unet' / 'config.json'}: up_block_types={found['up_block_types']} does not "
+            f"mirror down_block_types={found['down_block_types']}, as sdx builds them."
+        )
+    heads = found["attention_head_dim"]
+    if isinstance(heads, int):
+        heads = [heads] * len(found["block_out_channels"])
+    kinds = [DownBlock[kind] for kind in found["down_block_types"]]
+    return _make(UNetConfig, found | {"attention_head_dim": heads, "down_block_types": kinds})
+
+
+def read_vae_config(folder: Path) -> VAEConfig:
+    """The autoencoder that `folder/vae/config.json` describes."""
+    return _make(VAEConfig, _read(folder, "vae"))
+
+
+def read_text_encoder_config(folder: Path) -> TextEncoderConfig:
+    """The text encoder that `folder/text_encoder/config.json` describes."""
+    found = _read(folder, "text_encoder")
+    if found["hidden_act"] not in HiddenAct.__members__:
+        raise WeightsError(
+            f"{folder / 'text_encoder' / 'config.json'}: hidden_act={found['hidden_act']} is not "
+            f"one of {', '.join(HiddenAct.__members__)}."
+        )
+    return _make(TextEncoderConfig, found | {"hidden_act": HiddenAct[found["hidden_act"]]})
+
+
+def check_folder(folder: Path, model: ModelConfig, *, reads_unet: bool) -> None:
+    """Raises a WeightsError with every key in which the folder's files and `model` disagree.
+
+    Without `reads_unet` (training from random) only what is read must agree: autoencoder and text
+    encoder.
+    """
+    pairs: list[tuple[str, Any, Any]] = [
+        ("vae", read_vae_config(folder), model.vae),
+        ("text_encoder", read_text_encoder_config(folder), model.text_encoder),
+    ]
+    faults = []
+    if reads_unet:
+        pairs.append(("unet", read_unet_config(folder), model.unet))
+        trained = read_scheduler_config(folder).get("prediction_type", "epsilon")
+        if trained != model.prediction_type.name:
+            faults.append(
+                f"model.prediction_type is {model.prediction_type.name}, "
+                f"in scheduler/scheduler_config.json {trained}"
+            )
+    for component, found, wanted in pairs:
+        faults += _differences(component, found, wanted)
+    if faults:
+        raise WeightsError(
+            f"{folder}: {len(faults)} keys differ between model={model.name} and its files; choose "
+            f"the model group that fits them, or set these keys:",
+            faults,
+        )
+
+
+def _read(folder: Path, component: str) -> dict[str, Any]:
+    path = folder / component / "config.json"
+    found = ABSENT[component] | read_json(path)
+    faults = [
+        f"{key}={found[key]}: sdx computes only {' or '.join(map(str, allowed))}"
+        for key, allowed in ONLY[component].items()
+        if key in found and found[key] not in allowed
+    ]
+    if component == "unet":
+        faults += [
+            f"down_block_types has {kind}: sdx builds only {' and '.join(UP_BLOCKS)}"
+            for kind in dict.fromkeys(found["down_block_types"])
+            if kind not in UP_BLOCKS
+        ]
+    if faults:
+        raise WeightsError(f"{path}: {len(faults)} keys ask for another network:", faults)
+    return found
+
+
+def _make(kind: Any, found: dict[str, Any]) -> Any:
+    return kind(**{field.name: found[field.name] for field in fields(kind)})
+
+
+def _differences(component: str, found: Any, wanted: Any) -> list[str]:
+    return [
+        f"model.{component}.{field.name} is {_shown(ours)}, in {component}/config.json "
+        f"{_shown(theirs)}"
+        for field in fields(found)
+        if field.name not in NOT_COMPARED
+        and (ours := getattr(wanted, field.name)) != (theirs := getattr(found, field.name))
+    ]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
+    return value.name if isinstance(value, Enum) else str(value)
