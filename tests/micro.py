@@ -1,4 +1,5 @@
-"""The one micro-model of the tests: every part of the real thing, at a size that compiles in seconds."""
+"""The one micro-model of the tests: every part of the real thing, at a size that compiles in
+seconds."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,1 +1,2 @@
-"""The mathematics of diffusion: noise schedule, training targets, sampler updates, guidance. No models, no I/O."""
+"""The mathematics of diffusion: noise schedule, training targets, sampler updates, guidance. No
+models, no I/O."""

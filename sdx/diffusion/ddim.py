@@ -1,8 +1,8 @@
 """DDIM: which timesteps a sampler visits and the update between two of them, without added noise.
 
-Source: Song et al. 2020, arXiv 2010.02502, equation 12 with eta 0; timestep spacing as Lin et al. 2023,
-arXiv 2305.08891, table 2, and diffusers' DDIMScheduler spell it, with Stable Diffusion's steps_offset 1 and
-set_alpha_to_one false.
+Source: Song et al. 2020, arXiv 2010.02502, equation 12 with eta 0; timestep spacing as Lin et al.
+2023, arXiv 2305.08891, table 2, and diffusers' DDIMScheduler spell it, with Stable Diffusion's
+steps_offset 1 and set_alpha_to_one false.
 """
 
 from typing import assert_never
@@ -24,7 +24,7 @@ class SamplerError(ValueError):
 
 def timesteps(
     spacing: TimestepSpacing, num_timesteps: int, num_steps: int
-) -> Int[np.ndarray, "steps"]:
+) -> Int[np.ndarray, " steps"]:
     """The timesteps a sampler visits, from noisy to clean; int32.
 
     Raises SamplerError when the schedule has too few timesteps for `num_steps`.
@@ -32,8 +32,9 @@ def timesteps(
     longest = num_timesteps - 1 if spacing is TimestepSpacing.leading else num_timesteps
     if not 1 <= num_steps <= longest:
         raise SamplerError(
-            f"sample.num_steps={num_steps}: must lie between 1 and {longest} for "
-            f"diffusion.num_train_timesteps={num_timesteps} with diffusion.timestep_spacing={spacing.name}."
+            f"sample.num_steps={num_steps}: must lie between 1 and {longest} with "
+            f"diffusion.num_train_timesteps={num_timesteps} and "
+            f"diffusion.timestep_spacing={spacing.name}."
         )
     match spacing:
         case TimestepSpacing.leading:
@@ -57,7 +58,8 @@ def update(
     timestep: Int[Array, ""],
     num_steps: int,
 ) -> Float[Array, "b h w c"]:
-    """Latents one sampler step cleaner than `noisy`, which are at `timestep`; `num_steps` are taken in all.
+    """Latents one sampler step cleaner than `noisy`, which are at `timestep`; `num_steps` are taken
+    in all.
 
     x_prev = sqrt(a_prev) * x0 + sqrt(1 - a_prev) * noise, with a_prev = a_0 behind the last step.
     """

@@ -1,7 +1,8 @@
-"""What the UNet learns: its target, how one prediction turns into another, and the weight of each example.
+"""What the UNet learns: its target, how one prediction turns into another, and the weight of each
+example.
 
-v-prediction: Salimans & Ho 2022, arXiv 2202.00512, appendix D. Min-SNR: Hang et al. 2023, arXiv 2303.09556,
-with diffusers' convention for v (train_text_to_image.py, snr_gamma).
+v-prediction: Salimans & Ho 2022, arXiv 2202.00512, appendix D. Min-SNR: Hang et al. 2023, arXiv
+2303.09556, with diffusers' convention for v (train_text_to_image.py, snr_gamma).
 """
 
 from typing import assert_never
@@ -18,7 +19,7 @@ def target(
     schedule: NoiseSchedule,
     latents: Float[Array, "b h w c"],
     noise: Float[Array, "b h w c"],
-    timesteps: Int[Array, "b"],
+    timesteps: Int[Array, " b"],
 ) -> Float[Array, "b h w c"]:
     """What the UNet must output for `latents` noised with `noise` at `timesteps`.
 
@@ -40,11 +41,12 @@ def latents_and_noise(
     schedule: NoiseSchedule,
     prediction: Float[Array, "b h w c"],
     noisy: Float[Array, "b h w c"],
-    timesteps: Int[Array, "b"],
+    timesteps: Int[Array, " b"],
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
     """The clean latents and the noise that `prediction` implies for `noisy` latents at `timesteps`.
 
-    With x = s * x0 + q * n:  x0 = (x - q * n) / s = s * x - q * v,  n = (x - s * x0) / q = s * v + q * x.
+    With x = s * x0 + q * n:  x0 = (x - q * n) / s = s * x - q * v,  n = (x - s * x0) / q = s * v +
+    q * x.
     """
     signal, sigma = schedule.coefficients(timesteps)
     match prediction_type:
@@ -60,10 +62,11 @@ def latents_and_noise(
 def snr_weights(
     prediction_type: PredictionType,
     schedule: NoiseSchedule,
-    timesteps: Int[Array, "b"],
+    timesteps: Int[Array, " b"],
     gamma: float,
-) -> Float[Array, "b"]:
-    """Min-SNR weight of each example: min(snr, gamma), divided by snr for epsilon and by snr + 1 for v.
+) -> Float[Array, " b"]:
+    """Min-SNR weight of each example: min(snr, gamma), divided by snr for epsilon and by snr + 1
+    for v.
 
     Finite at zero terminal SNR, where epsilon's quotient 0/0 has the limit 1.
     """

@@ -1,8 +1,9 @@
-"""The noise schedule: tables of beta and its cumulative product, and what follows from them per timestep.
+"""The noise schedule: tables of beta and its cumulative product, and what follows from them per
+timestep.
 
-Source: Ho et al. 2020, arXiv 2006.11239, equations 4 and 8. The tables equal diffusers' to the last bit: its
-`scaled_linear` is a float32 `torch.linspace` between the square roots, squared, and its cumulative product is
-accumulated in float64 and rounded once.
+Source: Ho et al. 2020, arXiv 2006.11239, equations 4 and 8. The tables equal diffusers' to the last
+bit: its `scaled_linear` is a float32 `torch.linspace` between the square roots, squared, and its
+cumulative product is accumulated in float64 and rounded once.
 """
 
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from sdx.config.schema import BetaSchedule, DiffusionConfig
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """Beta and the cumulative product of 1 - beta, float32, one value per timestep; 0 is nearly clean."""
+    """Beta and the cumulative product of 1 - beta, float32, one value per timestep; 0 is nearly
+    clean."""
 
-    betas: Float[np.ndarray, "t"]
-    alphas_cumprod: Float[np.ndarray, "t"]
+    betas: Float[np.ndarray, " t"]
+    alphas_cumprod: Float[np.ndarray, " t"]
 
     @property
     def num_timesteps(self) -> int:
@@ -27,7 +29,7 @@ class NoiseSchedule:
         return len(self.betas)
 
     def coefficients(
-        self, timesteps: Int[Array, "b"]
+        self, timesteps: Int[Array, " b"]
     ) -> tuple[Float[Array, "b 1 1 1"], Float[Array, "b 1 1 1"]]:
         """sqrt(a_t) and sqrt(1 - a_t), the shares of signal and noise at `timesteps`."""
         alphas_cumprod = jnp.asarray(self.alphas_cumprod)[timesteps][:, None, None, None]
@@ -37,13 +39,13 @@ class NoiseSchedule:
         self,
         latents: Float[Array, "b h w c"],
         noise: Float[Array, "b h w c"],
-        timesteps: Int[Array, "b"],
+        timesteps: Int[Array, " b"],
     ) -> Float[Array, "b h w c"]:
         """x_t = sqrt(a_t) * latents + sqrt(1 - a_t) * noise."""
         signal, sigma = self.coefficients(timesteps)
         return signal * latents + sigma * noise
 
-    def snr(self, timesteps: Int[Array, "b"]) -> Float[Array, "b"]:
+    def snr(self, timesteps: Int[Array, " b"]) -> Float[Array, " b"]:
         """Signal-to-noise ratio a_t / (1 - a_t) at `timesteps`; 0 where a_t is 0."""
         alphas_cumprod = jnp.asarray(self.alphas_cumprod)[timesteps]
         return alphas_cumprod / (1 - alphas_cumprod)
@@ -60,8 +62,9 @@ def make_schedule(diffusion: DiffusionConfig) -> NoiseSchedule:
     return NoiseSchedule(betas, _cumulative(1 - betas))
 
 
-def _linspace(start: float, end: float, length: int) -> Float[np.ndarray, "t"]:
-    """torch.linspace in float32: each half is counted from its own end, with one rounding a value."""
+def _linspace(start: float, end: float, length: int) -> Float[np.ndarray, " t"]:
+    """torch.linspace in float32: each half is counted from its own end, with one rounding a
+    value."""
     first, last = np.float32(start), np.float32(end)
     step = np.float64((last - first) / np.float32(length - 1))
     index = np.arange(length)
@@ -70,5 +73,5 @@ def _linspace(start: float, end: float, length: int) -> Float[np.ndarray, "t"]:
     return np.where(index < length // 2, rising, falling).astype(np.float32)
 
 
-def _cumulative(alphas: Float[np.ndarray, "t"]) -> Float[np.ndarray, "t"]:
+def _cumulative(alphas: Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
     return np.cumprod(alphas.astype(np.float64)).astype(np.float32)

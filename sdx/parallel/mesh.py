@@ -1,7 +1,9 @@
-"""The device mesh: three axes over the devices of this run, and the check that they are the ones configured.
+"""The device mesh: three axes over the devices of this run, and the check that they are the ones
+configured.
 
-Axis `data` copies the model, `fsdp` shares its parameters (the batch is split over both), `tensor` shares the width of
-attention and feed-forward layers. Sizes come from `mesh.ici`; what an array does with the axes is in sharding.py.
+Axis `data` copies the model, `fsdp` shares its parameters (the batch is split over both), `tensor`
+shares the width of attention and feed-forward layers. Sizes come from `mesh.ici`; what an array
+does with the axes is in sharding.py.
 """
 
 import math
@@ -24,7 +26,8 @@ class MeshError(ValueError):
 def claim_devices(hardware: HardwareConfig) -> None:
     """Tell JAX, before its first use of a device, which platform the run is for.
 
-    A CPU has as many devices as the preset asks for: they are virtual. Without effect once JAX has started its devices.
+    A CPU has as many devices as the preset asks for: they are virtual. Without effect once JAX has
+    started its devices.
     """
     if hardware.platform is Platform.cpu:
         jax.config.update("jax_platforms", "cpu")
@@ -36,7 +39,8 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with axes data, fsdp, tensor (Auto) over `devices`, by default all that JAX has.
 
-    Raises MeshError where the devices are not those of `hardware` or `mesh.ici` does not divide them.
+    Raises MeshError where the devices are not those of `hardware` or `mesh.ici` does not divide
+    them.
     """
     devices = _check_devices(hardware, _found(hardware) if devices is None else devices)
     shape = axis_sizes(mesh.ici, len(devices), hardware.name)
@@ -50,7 +54,8 @@ def axis_sizes(axes: MeshAxes, num_devices: int, hardware_name: str) -> tuple[in
     filled = [name for name, size in sizes.items() if size == -1]
     if len(filled) > 1:
         raise MeshError(
-            f"mesh.ici: {' and '.join(filled)} are -1; one axis may fill what the others leave. Give the others a size."
+            f"mesh.ici: {' and '.join(filled)} are -1; one axis may fill what the others leave. "
+            "Give the others a size."
         )
     for name, size in sizes.items():
         rest = math.prod(other for axis, other in sizes.items() if axis != name and other > 0)
@@ -59,8 +64,8 @@ def axis_sizes(axes: MeshAxes, num_devices: int, hardware_name: str) -> tuple[in
     product = math.prod(size for size in sizes.values() if size != -1)
     if not filled and product != num_devices:
         raise MeshError(
-            f"mesh.ici: data x fsdp x tensor is {product}, but hardware={hardware_name} has {num_devices} devices; "
-            "set one axis to -1 to fill."
+            f"mesh.ici: data x fsdp x tensor is {product}, but hardware={hardware_name} has "
+            f"{num_devices} devices; set one axis to -1 to fill."
         )
     data, fsdp, tensor = (num_devices // product if s == -1 else s for s in sizes.values())
     return data, fsdp, tensor
@@ -72,7 +77,8 @@ def _refuse(axis: str, size: int, num_devices: int, rest: int, hardware_name: st
     choices = possible[0] if len(possible) == 1 else f"{', '.join(possible[:-1])} or {possible[-1]}"
     times = f" together with the other axes ({rest})" if rest > 1 else ""
     raise MeshError(
-        f"mesh.ici.{axis}={size}: must divide the {num_devices} devices of hardware={hardware_name}{times}; use {choices}."
+        f"mesh.ici.{axis}={size}: must divide the {num_devices} devices of "
+        f"hardware={hardware_name}{times}; use {choices}."
     )
 
 
@@ -99,7 +105,8 @@ def _check_devices(hardware: HardwareConfig, devices: Sequence[jax.Device]) -> S
             f"hardware={hardware.name} does not describe this machine:\n"
             + "\n".join(lines)
             + f"\nallowed here: {found.platform} with {len(devices)} x {found.device_kind}."
-            + f"\nfix: pick the hardware=... of this machine; `python -m sdx.plan hardware={hardware.name} ...` says whether"
-            + " it would fit there, and run_on=... sends the run there."
+            + "\nfix: pick the hardware=... of this machine; "
+            + f"`python -m sdx.plan hardware={hardware.name} ...` says whether it would fit there, "
+            + "and run_on=... sends the run there."
         )
     return devices

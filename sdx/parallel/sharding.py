@@ -1,7 +1,9 @@
-"""Where each array lies on the mesh: an ordered table of rules for parameters, and the sharding of batches.
+"""Where each array lies on the mesh: an ordered table of rules for parameters, and the sharding of
+batches.
 
-The first rule whose pattern is found in a parameter's path decides; what no rule names goes to `fsdp` along its largest
-divisible dim; arrays under 64 KiB stay whole on every device. Optimizer state and EMA inherit by path.
+The first rule whose pattern is found in a parameter's path decides; what no rule names goes to
+`fsdp` along its largest divisible dim; arrays under 64 KiB stay whole on every device. Optimizer
+state and EMA inherit by path.
 """
 
 import math
@@ -24,7 +26,8 @@ UNET_RULES: tuple[Rule, ...] = (
     (r"ff/net/0/proj/kernel$", P("fsdp", "tensor")),
     (r"ff/net/2/kernel$", P("tensor", "fsdp")),
 )
-"""Megatron's pairing (Shoeybi et al. 2019, arXiv 1909.08053, section 3): widen over `tensor`, then narrow over it."""
+"""Megatron's pairing (Shoeybi et al. 2019, arXiv 1909.08053, section 3): widen over `tensor`, then
+narrow over it."""
 
 
 class ShardingError(ValueError):
@@ -54,7 +57,8 @@ def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> 
 
 
 def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings of a whole training state: leaves whose path ends in a parameter's path, with its shape, lie as it does.
+    """Shardings of a whole training state: leaves whose path ends in a parameter's path, with its
+    shape, lie as it does.
 
     Everything else (counters) is on every device.
     """

@@ -53,7 +53,8 @@ def test_more_steps_than_the_schedule_has_are_refused() -> None:
 
 
 def test_a_known_gaussian_is_recovered() -> None:
-    """For data of mean m and deviation d the best noise prediction is linear, so the end is known: m + d * start."""
+    """For data of mean m and deviation d the best noise prediction is linear, so the end is known:
+    m + d * start."""
     mean, deviation = 2.0, 0.5
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 32, 32, 4)), jnp.float32)
     start = x

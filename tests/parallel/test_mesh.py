@@ -43,19 +43,23 @@ def test_one_device_of_a_cpu_that_has_more() -> None:
         ),
         (
             MeshAxes(fsdp=2, tensor=8),
-            "mesh.ici.fsdp=2: must divide the 8 devices of hardware=gpu_h100_8 together with the other axes (8); use 1.",
+            "mesh.ici.fsdp=2: must divide the 8 devices of hardware=gpu_h100_8 "
+            "together with the other axes (8); use 1.",
         ),
         (
             MeshAxes(data=2, fsdp=2),
-            "mesh.ici: data x fsdp x tensor is 4, but hardware=gpu_h100_8 has 8 devices; set one axis to -1 to fill.",
+            "mesh.ici: data x fsdp x tensor is 4, but hardware=gpu_h100_8 has 8 devices; "
+            "set one axis to -1 to fill.",
         ),
         (
             MeshAxes(fsdp=-1),
-            "mesh.ici: data and fsdp are -1; one axis may fill what the others leave. Give the others a size.",
+            "mesh.ici: data and fsdp are -1; one axis may fill what the others leave. "
+            "Give the others a size.",
         ),
         (
             MeshAxes(tensor=0),
-            "mesh.ici.tensor=0: must divide the 8 devices of hardware=gpu_h100_8; use 1, 2, 4 or 8.",
+            "mesh.ici.tensor=0: must divide the 8 devices of hardware=gpu_h100_8; use 1, 2, "
+            "4 or 8.",
         ),
     ],
 )

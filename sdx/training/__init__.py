@@ -1,0 +1,2 @@
+"""Training: optimizer, state, the step and its compiled program, the loop, checkpoints, metrics,
+pictures."""

@@ -1,0 +1,201 @@
+"""One update attempt: noise the latents, predict, differentiate, clip, update, average. Pure;
+program.py compiles it.
+
+Randomness is drawn at global shape from (seed, step) and a named stream before the batch is split,
+so it depends neither on the mesh nor on accumulation. A non-finite loss or gradient leaves weights,
+moments and average as they are.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from sdx.config.schema import PredictionType
+from sdx.diffusion.objective import snr_weights, target
+from sdx.diffusion.schedule import NoiseSchedule
+from sdx.training.optimizer import LrSchedule, clip, ema_decay
+from sdx.training.state import Params, TrainState, select
+
+STREAMS = ("noise", "timesteps", "latents")
+LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
+
+Prediction = Callable[
+    [Any, Float[Array, "b h w c"], Int[Array, " b"], Float[Array, "b s d"]],
+    Float[Array, "b h w c"],
+]
+"""A UNet as a function of its parameters: (params, noisy latents, timesteps, context) to its raw
+output."""
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """What a step is made of, fixed when the program is built."""
+
+    predict: Prediction
+    schedule: NoiseSchedule
+    prediction_type: PredictionType
+    snr_gamma: float | None
+    scaling_factor: float
+    optimizer: optax.GradientTransformation
+    lr: LrSchedule
+    max_grad_norm: float | None
+    ema_decay: float
+    seed: int
+    gradient_accumulation: int = 1
+    unroll: bool = True
+    """Micro-steps one after the other in the program; false scans. XLA's CPU kernels are 6 times
+    slower in a loop."""
+
+
+class Examples(NamedTuple):
+    """What the loss is computed on, per example, the randomness included."""
+
+    noisy: Float[Array, "b h w c"]
+    target: Float[Array, "b h w c"]
+    timesteps: Int[Array, " b"]
+    context: Float[Array, "b s d"]
+    weights: Float[Array, " b"]
+    """Share of each example in the loss; they sum to 1 without Min-SNR."""
+
+
+def train_step(
+    rule: StepRule,
+    state: TrainState,
+    moments: Float[Array, "b h w m"],
+    context: Float[Array, "b s d"],
+    weights: Float[Array, " b"],
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """The state after one attempt, and its metrics; `weights` are 1 for good examples, 0 for
+    unreadable ones.
+
+    Metrics: loss, grad_norm (before clipping), lr (of the next update), bad, num_bad_steps,
+    bad_in_a_row.
+    """
+    examples = draw_examples(rule, state.step, moments, context, weights)
+    loss, grads = loss_and_grads(rule, state.params, examples)
+    norm = optax.tree.norm(_float32(grads))
+    is_good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updated = _apply(rule, state, grads, norm)
+    kept = select(is_good, updated, state)
+    bad = jnp.int32(1) - is_good.astype(jnp.int32)
+    state = replace(
+        kept,
+        step=state.step + 1,
+        num_bad_steps=state.num_bad_steps + bad,
+        bad_in_a_row=(state.bad_in_a_row + bad) * bad,
+    )
+    metrics = {
+        "loss": loss,
+        "grad_norm": norm,
+        "lr": rule.lr(state.num_updates),
+        "bad": bad,
+        "num_bad_steps": state.num_bad_steps,
+        "bad_in_a_row": state.bad_in_a_row,
+    }
+    return state, {name: value.astype(jnp.float32) for name, value in metrics.items()}
+
+
+def step_key(seed: int, step: Int[Array, ""]) -> Key[Array, ""]:
+    """The key of one step; every use takes its own stream of it."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def stream(key: Key[Array, ""], name: str) -> Key[Array, ""]:
+    """The key of the named stream."""
+    return jax.random.fold_in(key, STREAMS.index(name))
+
+
+def draw_examples(
+    rule: StepRule,
+    step: Int[Array, ""],
+    moments: Float[Array, "b h w m"],
+    context: Float[Array, "b s d"],
+    weights: Float[Array, " b"],
+) -> Examples:
+    """Sample latents from `moments`, then noise and timesteps, for the whole batch at once."""
+    key = step_key(rule.seed, step)
+    latents = sample_latents(stream(key, "latents"), moments) * rule.scaling_factor
+    noise = jax.random.normal(stream(key, "noise"), latents.shape)
+    timesteps = jax.random.randint(
+        stream(key, "timesteps"), weights.shape, 0, rule.schedule.num_timesteps
+    )
+    shares = weights / jnp.maximum(jnp.sum(weights), 1.0)
+    if rule.snr_gamma is not None:
+        shares *= snr_weights(rule.prediction_type, rule.schedule, timesteps, rule.snr_gamma)
+    return Examples(
+        noisy=rule.schedule.add_noise(latents, noise, timesteps),
+        target=target(rule.prediction_type, rule.schedule, latents, noise, timesteps),
+        timesteps=timesteps,
+        context=context,
+        weights=shares,
+    )
+
+
+def sample_latents(
+    key: Key[Array, ""], moments: Float[Array, "b h w m"]
+) -> Float[Array, "b h w c"]:
+    """A draw from the VAE's posterior, whose mean and log-variance `moments` holds; float32, not
+    yet scaled."""
+    mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    deviation = jnp.exp(0.5 * jnp.clip(log_variance, *LOG_VARIANCE_RANGE))
+    return mean + deviation * jax.random.normal(key, mean.shape)
+
+
+def loss_and_grads(
+    rule: StepRule, params: Params, examples: Examples
+) -> tuple[Float[Array, ""], Params]:
+    """The weighted mean squared error and its gradient, summed over micro-batches; float32."""
+    gradient = jax.value_and_grad(batch_loss, argnums=1)
+    if rule.gradient_accumulation == 1:
+        return gradient(rule, params, examples)
+    pieces = jax.tree.map(lambda x: _split(x, rule.gradient_accumulation), examples)
+
+    def add(total: Any, piece: Examples) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(rule, params, piece)), None
+
+    total = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    if not rule.unroll:
+        return jax.lax.scan(add, total, pieces)[0]
+    for index in range(rule.gradient_accumulation):
+        total, _ = add(total, jax.tree.map(lambda x, i=index: x[i], pieces))
+    return total
+
+
+def batch_loss(rule: StepRule, params: Params, examples: Examples) -> Float[Array, ""]:
+    """Sum over examples of weight times mean squared error; float32."""
+    prediction = rule.predict(
+        params["unet"], examples.noisy, examples.timesteps, examples.context
+    ).astype(jnp.float32)
+    errors = jnp.mean(jnp.square(prediction - examples.target), axis=(1, 2, 3))
+    return jnp.sum(examples.weights * errors)
+
+
+def _apply(rule: StepRule, state: TrainState, grads: Params, norm: Float[Array, ""]) -> TrainState:
+    """The state after a good update; in float32 whatever the weights are stored in."""
+    params, ema, opt_state, grads = _float32((state.params, state.ema, state.opt_state, grads))
+    if rule.max_grad_norm is not None:
+        grads = clip(grads, norm, rule.max_grad_norm)
+    updates, opt_state = rule.optimizer.update(grads, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    if ema is not None:
+        share = 1 - ema_decay(state.num_updates, rule.ema_decay)
+        ema = jax.tree.map(lambda average, new: average - share * (average - new), ema, params)
+    num_updates = state.num_updates + 1
+    return replace(state, num_updates=num_updates, params=params, ema=ema, opt_state=opt_state)
+
+
+def _float32(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
+
+
+def _split(x: Array, num_pieces: int) -> Array:
+    """(b, ...) to (pieces, b / pieces, ...), each piece with an equal part of every device's share
+    of the batch."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // num_pieces, num_pieces, *x.shape[1:]), 1, 0)
