@@ -1,0 +1,114 @@
+"""Small Stable Diffusion folders that diffusers and transformers write, with the torch models."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdx.config.schema import MatmulPrecision, ModelConfig, PredictionType
+from sdx.models.attention import dot_product_attention
+from sdx.models.networks import Networks, make_networks
+from sdx.weights.configs import read_text_encoder_config, read_unet_config, read_vae_config
+
+# One of each: 2.x has linear projections, heads by level, upcast logits and the exact GELU.
+UNETS: dict[str, dict[str, Any]] = {
+    "sd1": {"layers_per_block": 2, "attention_head_dim": 2, "use_linear_projection": False},
+    "sd2": {
+        "layers_per_block": 1,
+        "attention_head_dim": [2, 4],
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    },
+}
+ACTIVATIONS = {"sd1": "quick_gelu", "sd2": "gelu"}
+PREDICTION_TYPES = {"sd1": "epsilon", "sd2": "v_prediction"}
+NUM_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A folder that torch wrote, the torch models it was written from, and ours for its configs."""
+
+    kind: str
+    folder: Path
+    unet: Any
+    vae: Any
+    text_encoder: Any
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig(
+            name=self.kind,
+            pretrained=str(self.folder),
+            resolution=16,
+            prediction_type=PredictionType[PREDICTION_TYPES[self.kind]],
+            matmul_precision=MatmulPrecision.highest,
+            unet=read_unet_config(self.folder),
+            vae=read_vae_config(self.folder),
+            text_encoder=read_text_encoder_config(self.folder),
+        )
+
+    @property
+    def networks(self) -> Networks:
+        return make_networks(self.model, attention=dot_product_attention, dtype="float32")
+
+
+@pytest.fixture(scope="session", params=list(UNETS))
+def reference(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Reference:
+    """Both kinds in turn."""
+    return make_reference(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="session")
+def sd2(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The 2.x kind alone, for what does not depend on the kind; never written to."""
+    return make_reference("sd2", tmp_path_factory.mktemp("sd2"))
+
+
+def make_reference(kind: str, folder: Path) -> Reference:
+    with warnings.catch_warnings(action="ignore"):  # the libraries' own, at import and on saving
+        import diffusers
+        import torch
+        import transformers
+
+        torch.manual_seed(0)
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=24,
+            norm_num_groups=4,
+            **UNETS[kind],
+        )
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            norm_num_groups=4,
+        )
+        text_encoder = transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(
+                vocab_size=99,
+                hidden_size=24,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                hidden_act=ACTIVATIONS[kind],
+            )
+        )
+        scheduler = diffusers.DDIMScheduler(prediction_type=PREDICTION_TYPES[kind])
+        for name, part in [("unet", unet), ("vae", vae), ("text_encoder", text_encoder)]:
+            with torch.no_grad():  # fresh norms are ones and zeros, which hide a swapped pair
+                for parameter in part.parameters():
+                    if parameter.ndim == 1:
+                        parameter += 0.1 * torch.randn_like(parameter)
+            part.eval()
+            part.save_pretrained(folder / name)
+        scheduler.save_pretrained(folder / "scheduler")
+    return Reference(kind, folder, unet, vae, text_encoder)
