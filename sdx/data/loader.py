@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import parent_process
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt8
@@ -136,7 +136,7 @@ class Loader(Iterator[HostBatch]):
         """Stops reading ahead. Batches handed out stay valid; no more can be asked for."""
         self._batches.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *_: object) -> None:

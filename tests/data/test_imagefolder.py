@@ -346,7 +346,7 @@ def test_an_image_listed_twice_stops_the_run(folder: Path):
 
 def test_names_that_are_not_utf_8(folder: Path):
     add(folder / "good.png", "x")
-    shutil.copy(folder / "good.png", os.fsencode(folder) + b"/\xff.png")
+    shutil.copy(folder / "good.png", folder / os.fsdecode(b"\xff.png"))
     assert bad(folder) == {"\\udcff.png": "name not UTF-8"}
 
 

@@ -3,6 +3,7 @@
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def corners() -> np.ndarray:
     return image
 
 
-def saved(path: Path, image: Image.Image, **options: object) -> np.ndarray:
+def saved(path: Path, image: Image.Image, **options: Any) -> np.ndarray:
     image.save(path, **options)
     return decode(path, max_pixels=MAX_PIXELS)
 
@@ -173,7 +174,7 @@ def test_damaged_files_are_refused_with_their_reason(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name, options", [("a.png", {}), ("a.webp", {"lossless": True})])
-def test_truncated_png_and_webp(tmp_path: Path, name: str, options: dict[str, bool]):
+def test_truncated_png_and_webp(tmp_path: Path, name: str, options: dict[str, Any]):
     path = tmp_path / name
     Image.fromarray(noise(64, 64)).save(path, **options)
     path.write_bytes(path.read_bytes()[:-2000])
@@ -279,7 +280,8 @@ def test_random_crops_and_flips_follow_seed_epoch_and_index():
     lefts = [left(cropped(index=i)) for i in range(300)]
     assert set(lefts) == set(range(25)), "every place is drawn, the last included"
     assert lefts == [left(cropped(index=i)) for i in range(300)]
-    for changed in ({"seed": 1}, {"epoch": 1}):
+    changes: list[dict[str, Any]] = [{"seed": 1}, {"epoch": 1}]
+    for changed in changes:
         assert lefts != [left(cropped(index=i, **changed)) for i in range(300)]
     flips = [not (cropped(index=i, flip=True) == cropped(index=i)).all() for i in range(300)]
     assert 120 < sum(flips) < 180
