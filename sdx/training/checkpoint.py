@@ -127,12 +127,13 @@ class Checkpointer:
             for torn in self.folder.glob(f"{_SAVING}*"):
                 shutil.rmtree(torn)
         found = _newest_whole(
-            _step_folders(self.folder),
+            _agreed_step_folders(self.folder),
             lambda path, step: _restore_verified(path, step, abstract_state),
             self._say,
             on_damage=_set_aside,
         )
-        if found is None and any(self.folder.glob("*.damaged*")):
+        damaged = "yes" if any(self.folder.glob("*.damaged*")) else ""
+        if found is None and _from_first_host(damaged):
             raise NoValidCheckpoint(
                 f"{self.folder}: no valid checkpoint left; the damaged ones are kept there. "
                 "To start from step 0, use another run.name or remove the run folder."
@@ -186,7 +187,7 @@ def _read_only(
     folder: Path, step: int | None, read: Callable[[Path, int], Found], say: Say
 ) -> tuple[int, Found]:
     folder = folder.absolute()
-    steps = [(n, path) for n, path in _step_folders(folder) if step is None or n == step]
+    steps = [(n, path) for n, path in _agreed_step_folders(folder) if step is None or n == step]
     found = _newest_whole(steps, read, say, on_damage=lambda path: None)
     if found is None:
         wanted = "valid checkpoint" if step is None else f"valid checkpoint {step}"
@@ -329,6 +330,12 @@ def _step_folders(folder: Path) -> list[tuple[int, Path]]:
         for path in folder.iterdir()
         if path.name.isascii() and path.name.isdigit() and path.is_dir()
     )
+
+
+def _agreed_step_folders(folder: Path) -> list[tuple[int, Path]]:
+    """As process 0 lists them: on a shared file system another host may not see all of them yet."""
+    names = _from_first_host(" ".join(path.name for _, path in _step_folders(folder)))
+    return [(int(name), folder / name) for name in names.split()]
 
 
 def _steps(folder: Path) -> list[int]:
