@@ -1,2 +1,1 @@
-"""A run on disk: its folder, status, lock, provenance, attempts and metrics. No JAX, no
-configuration classes."""
+"""A run on disk: folder, status, lock, provenance, attempts, metrics. No JAX, no configuration."""

@@ -1,7 +1,6 @@
 """Files that are either the old or the new one, never half of each, and carry no secret.
 
-Everything a run folder holds as text goes through here, except the append-only streams (metrics,
-log).
+Everything a run folder holds as text goes through here, except what is appended to: metrics, log.
 """
 
 import json
@@ -17,8 +16,7 @@ from sdx.record.redact import redact
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` in one act, secrets blotted out; a crash leaves the old file or the new
-    one."""
+    """Replaces `path` in one act, secrets blotted out; a crash leaves the old or the new text."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
@@ -37,8 +35,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in `path`, or None when there is no such file. Raises ValueError when it is not a
-    JSON object."""
+    """The object in `path`, or None without such a file; ValueError if it is not a JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

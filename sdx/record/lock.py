@@ -1,5 +1,4 @@
-"""One process per run folder: an owner's record with a heartbeat, taken over when its owner is
-dead.
+"""One process per run folder: an owner's record with a heartbeat, taken over when it is dead.
 
 On the owner's machine the process table decides: a dead pid frees the lock at once, and a pid that
 was given to another process since counts as dead. From elsewhere the lease decides: no heartbeat
@@ -42,8 +41,7 @@ class RunLocked(RefusedStart):
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock. `machine` names kernel and pid namespace: only there does `pid` mean
-    anything."""
+    """Who holds a lock. `machine` is kernel and pid namespace: only there `pid` means anything."""
 
     owner: str
     pid: int
@@ -54,8 +52,10 @@ class Owner:
 
 
 class RunLock:
-    """The lock of one run folder. `lost` turns true when another process took it over (we were
-    asleep past the lease)."""
+    """The lock of one run folder.
+
+    `lost` turns true when another process took it over because we were asleep past the lease.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -144,8 +144,7 @@ def _is_alive(holder: Owner, path: Path) -> bool:
 
 
 def _silence_s(path: Path) -> float:
-    """Seconds since the last heartbeat, both ends read from the clock of the file system that holds
-    the lock."""
+    """Seconds since the last heartbeat, both ends by the clock of the lock's file system."""
     probe = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         probe.touch()
@@ -166,8 +165,7 @@ def _read(path: Path) -> Owner | None:
 
 @contextmanager
 def _guard(path: Path) -> Iterator[bool]:
-    """Holds the guard file beside the lock; yields whether the file system really excludes
-    others."""
+    """Holds the guard file beside the lock; yields whether the file system excludes others."""
     descriptor = os.open(path.with_name(f".{path.name}.guard"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:

@@ -1,5 +1,4 @@
-"""Reading `metrics.jsonl` (one JSON object a line, appended while training) and cutting it back
-before a resume."""
+"""Reading `metrics.jsonl`, one JSON object a line, and cutting it back before a resume."""
 
 import json
 from pathlib import Path
@@ -9,8 +8,10 @@ from sdx.record.files import write_text
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows in order; [] without a file. A last line torn by a kill is left out, any other bad
-    line is a ValueError."""
+    """The rows in order; [] without a file.
+
+    A last line torn by a kill is left out; any other bad line is a ValueError.
+    """
     lines = _lines(path)
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -23,8 +24,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_after(path: Path, step: int) -> list[dict[str, Any]]:
-    """Keeps the rows up to and with `step` and returns the others, so that going on from `step`
-    tells no step twice.
+    """Keeps the rows up to and with `step`, returns the others: going on tells no step twice.
 
     Unreadable lines are cut too and returned as {"unreadable": text}. The file is replaced in one
     act.

@@ -1,5 +1,4 @@
-"""Where a run came from: commit and uncommitted changes of sdx's source tree, package versions,
-Python, host, command line.
+"""Where a run came from: commit, uncommitted changes, package versions, Python, host, command line.
 
 The environment's variables are never recorded: they hold secrets and say little. Without git, or
 installed from a wheel, the git fields are None.
@@ -51,8 +50,7 @@ def git_commit(source: Path = _SOURCE) -> str | None:
 
 
 def uncommitted_changes(source: Path = _SOURCE) -> str | None:
-    """A patch from the commit to the files on disk, new text files included; None when there is
-    none or no git."""
+    """A patch from the commit to the files on disk, new ones included; None if clean or no git."""
     top = _top(source)
     if top is None:
         return None
@@ -74,8 +72,7 @@ def _added(top: Path, name: str) -> str:
 
 
 def _top(source: Path) -> Path | None:
-    """The top of the work tree that tracks `source`; a virtual environment inside somebody's
-    repository does not count."""
+    """The top of the work tree that tracks `source`; merely lying inside one does not count."""
     if _git(source, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     top = _git(source, "rev-parse", "--show-toplevel")

@@ -19,8 +19,7 @@ _SECRETS = (
 
 
 def redact(text: str) -> str:
-    """`text` with access tokens, key ids, bearer tokens and the user part of URLs replaced by
-    `***`."""
+    """`text` with `***` for access tokens, key ids, bearer tokens and the user part of URLs."""
     for secret in _SECRETS:
         text = secret.sub(lambda match: (match.groupdict().get("keep") or "") + MASK, text)
     return text

@@ -34,8 +34,7 @@ class AlreadyFinished(Exception):
 
 @dataclass(frozen=True)
 class Change:
-    """A key that differs from the folder's saved configuration; `on_resume` is forbidden, warn or
-    free."""
+    """A key that differs from the saved configuration; `on_resume`: forbidden, warn or free."""
 
     path: str
     old: Any
@@ -44,8 +43,7 @@ class Change:
 
 
 class RunRecord:
-    """One start of a run that holds the folder's lock: what is written about it while it lives and
-    when it ends.
+    """One start of a run, holding the folder's lock: what is written about it until it ends.
 
     `attempt` counts starts from 1; `resumes` is false for the first. `lock.lost` says that another
     process took the folder.
@@ -71,14 +69,12 @@ class RunRecord:
         write_status(self.paths, Status.running, step=first_step)
 
     def progress(self, step: int) -> None:
-        """Notes in status.json that `step` is done; for the cadence of metrics, not for every
-        step."""
+        """Notes in status.json that `step` is done; for the cadence of metrics, not each step."""
         self.step = step
         write_status(self.paths, Status.running, step=step)
 
     def finish(self, status: Status, *, step: int | None = None, reason: str | None = None) -> None:
-        """Writes how this attempt ended and frees the lock. Only the first call counts, from
-        whichever thread."""
+        """Writes how this attempt ended and frees the lock; only the first call of any thread."""
         with self._ending:
             if self._ended:
                 return
@@ -95,8 +91,7 @@ class RunRecord:
 
 
 def admit(paths: RunPaths, *, resume: str, max_steps: int) -> Admission:
-    """What a start would do now; writes nothing. Raises RefusedStart when `run.resume` is never or
-    must and not met."""
+    """What a start would do now; writes nothing. RefusedStart when `run.resume` is not met."""
     exists = _exists(paths)
     if resume == "never" and exists:
         raise RefusedStart(
@@ -126,8 +121,9 @@ def start(
     changes: Sequence[Change] = (),
     parent: str | None = None,
 ) -> RunRecord:
-    """Takes the run folder, making it if need be, and records this start; the caller owes a
-    `finish`.
+    """Takes the run folder, making it if need be, and records this start.
+
+    The caller owes the record a `finish`.
 
     In order: `run.resume` and forbidden changes are checked, a finished run is recognised, the lock
     is taken, all of that is checked again under it, then config.yaml, run.json, attempts/<n>.json
@@ -140,7 +136,8 @@ def start(
 
     Raises:
         RefusedStart: `run.resume` not met, a forbidden change, or (RunLocked) another living
-        process; exit code 2. AlreadyFinished: nothing to do; its text says so; exit code 0.
+            process; exit code 2.
+        AlreadyFinished: nothing to do; its text says so; exit code 0.
     """
     _check(paths, resume, max_steps, changes)
     paths.root.mkdir(parents=True, exist_ok=True)
@@ -225,8 +222,7 @@ def _close_attempt(paths: RunPaths, attempt: int) -> None:
 
 
 def _exists(paths: RunPaths) -> bool:
-    """Whether anything lies in the folder, apart from its lock or the announcement of a job not
-    started yet."""
+    """Whether anything lies there but a lock, or the announcement of a job not started yet."""
     if not paths.root.exists():
         return False
     if not paths.root.is_dir():

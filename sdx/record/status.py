@@ -1,5 +1,4 @@
-"""What became of a run: `status.json`, the first place to look for whether a run is done (DESIGN:
-exit codes come second)."""
+"""What became of a run: `status.json`, which says whether it is done; exit codes come second."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,8 +45,7 @@ def write_status(
 
 
 def read_status(paths: RunPaths) -> RunStatus | None:
-    """The status of the run, or None if there is none; `running` whose lock is dead reads as
-    interrupted."""
+    """The run's status, or None without one; `running` with a dead lock reads as interrupted."""
     fields = read_json(paths.status)
     if fields is None:
         return None
