@@ -342,7 +342,11 @@ class DataConfig:
         identity=False,
     )
     max_pixels: int = option(
-        40_000_000, "Larger images are refused before decoding.", unit="pixels", at_least=1
+        40_000_000,
+        "Larger images are refused before decoding; at most Pillow's own limit.",
+        unit="pixels",
+        at_least=1,
+        at_most=89_478_485,
     )
     num_workers: int = option(
         0, "Loader processes; 0 loads in threads of this process.", at_least=0, identity=False

@@ -211,8 +211,6 @@ def _special_tokens(
         for role in _NAMED_TOKENS
         if roles[role] is not None
     }
-    for token in named.values():
-        token.special = True
     others = (_added_token(token) for token in roles.get("additional_special_tokens") or [])
     added = [token for _, token in sorted(extra.items())]
     return named, added + [t for t in (*named.values(), *others) if str(t) not in by_text]

@@ -102,15 +102,16 @@ def test_captions_in_jsonl(folder: Path):
 
 
 def test_captions_in_csv(folder: Path):
-    add(folder / "a.png")
-    add(folder / "b.png")
+    for name in ("a", "b", "c"):
+        add(folder / f"{name}.png")
     (folder / "metadata.csv").write_text(
-        '\ufefffile_name,about\nb.png,"two, and\nmore"\r\na.png,"say ""hi""\u2028"\n',
+        '\ufefffile_name,about\nb.png,"two, and\nmore"\r\na.png,"say ""hi"""\nc.png,up\u2028down\n',
         encoding="utf-8",
     )
     assert captions(opened(folder, caption_column="about")) == [
         ('say "hi"',),
         ("two, and\nmore",),
+        ("up\u2028down",),
     ]
 
 
@@ -248,7 +249,9 @@ def test_names_that_leave_the_folder_stop_the_run(folder: Path, name: object, sa
     assert message.startswith(f"{folder}/metadata.jsonl:2: ") and said in message
 
 
-@pytest.mark.parametrize("kind", ["image", "caption", "folder", "table", "listed", "split"])
+@pytest.mark.parametrize(
+    "kind", ["image", "caption", "folder", "table", "table above", "listed", "split"]
+)
 def test_links_out_of_the_folder_stop_the_run(folder: Path, kind: str):
     outside = folder.parent / "outside"
     add(outside / "secret.png", "secret")
@@ -259,10 +262,13 @@ def test_links_out_of_the_folder_stop_the_run(folder: Path, kind: str):
         "caption": ("a.txt", "secret.txt"),
         "folder": ("sub", "."),
         "table": ("metadata.jsonl", "metadata.jsonl"),
+        "table above": ("metadata.jsonl", "metadata.jsonl"),
         "listed": (".b", "."),
         "split": ("train", "."),
     }[kind]
     (folder / link).symlink_to(outside / target)
+    if kind == "table above":
+        add(folder / "train/a.png", "x")
     if kind == "listed":
         write_jsonl(folder / "metadata.jsonl", row(".b/secret.png"))
     assert "a link that leads out of data.dir" in refusal(folder, max_bad_fraction=1.0)
@@ -405,7 +411,7 @@ def test_the_check_is_remembered_until_a_file_changes(
     assert check(max_pixels=47) == (["c.png"], ["over-large", "over-large", "empty"])
     check()
     add(folder / "c.png")
-    (folder / "a.png").write_bytes(b"<html>")
+    (folder / "a.png").write_bytes(b"?" * (folder / "a.png").stat().st_size)
     assert check() == (["a.png", "c.png"], ["not an image"])
     next(cache.iterdir()).write_text("damaged")
     assert check() == (["a.png", "b.png", "c.png", "tiny.png"], ["not an image"])

@@ -1,6 +1,8 @@
 """Pixels are those a viewer shows; sizes, crops and filters are those of diffusers' script."""
 
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -197,6 +199,23 @@ def test_bombs_are_refused_by_their_header(tmp_path: Path):
         assert reason(bomb) == "over-large", side
     header = struct.pack(">IIBBBBB", 1, 33, 8, 2, 0, 0, 0)
     assert reason(png(tmp_path / "thin.png", header, b"\0" * 10)) == "too thin"
+
+
+def test_warnings_are_errors_outside_of_pytest_too(tmp_path: Path):
+    """144 million pixels only make Pillow warn, and then decode 432 MB."""
+    header = struct.pack(">IIBBBBB", 12_000, 12_000, 8, 2, 0, 0, 0)
+    bomb = png(tmp_path / "bomb.png", header, b"\0" * 10)
+    program = f"""
+import pathlib
+from sdx.data.images import decode
+try:
+    decode(pathlib.Path({str(bomb)!r}), max_pixels=10**9)
+except ValueError as error:
+    print(error.reason)
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout == "over-large\n"
 
 
 def test_the_pixel_limit_is_inclusive(tmp_path: Path):

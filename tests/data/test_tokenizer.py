@@ -129,6 +129,15 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
         roles(END, named),
     ),
     "pad not in the vocabulary": (roles("<pad>"), None),
+    "extra tokens in the decoder": (
+        {
+            **roles("!"),
+            "additional_special_tokens": ["<sks>"],
+            "added_tokens_decoder": decoder("!", START, END)
+            | {str(len(vocabulary())): {**named("<sks>"), "special": True}},
+        },
+        None,
+    ),
     "extra tokens": ({**roles("!"), "additional_special_tokens": ["<sks>"]}, None),
 }
 
@@ -143,7 +152,7 @@ def check_equal(folder: Path) -> None:
 
     reference = CLIPTokenizer.from_pretrained(folder)
     ours = load_tokenizer(folder)
-    texts = [*TEXTS, *unicode_texts(300), "a <sks> cat", "<pad> <PAD>"]
+    texts = [*TEXTS, *unicode_texts(300), "a <sks> cat <SKS>", "<pad> <PAD>"]
     expected = reference(texts, padding="max_length", truncation=True, max_length=77)["input_ids"]
     ids = ours.encode(texts)
     assert ids.dtype == np.int32 and ids.shape == (len(texts), 77)
