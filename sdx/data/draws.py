@@ -1,5 +1,4 @@
-"""Random choices on the host as pure functions: the order of an epoch, and draws that belong to one
-example.
+"""Random choices on the host as pure functions: the order of an epoch, and draws for one example.
 
 Everything is derived from BLAKE2b of the arguments, so no state is kept or saved, any position can
 be asked for first, and the values do not depend on the version of NumPy, the number of hosts or the
@@ -10,9 +9,8 @@ import hashlib
 import math
 import struct
 
-_NUM_ROUNDS = (
-    8  # 4 make a pseudo-random permutation (Luby & Rackoff 1988); the domains here can be tiny
-)
+# 4 rounds make a pseudo-random permutation (Luby & Rackoff 1988); the domains here can be tiny.
+_NUM_ROUNDS = 8
 
 
 def shuffled(position: int, length: int, *, seed: int, epoch: int) -> int:

@@ -21,6 +21,7 @@ so that the next start only lists the folder.
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -104,7 +105,7 @@ class ImageFolderSource:
             return
         reasons = count_reasons(self.bad_images)
         total = num_bad + len(self._entries)
-        if num_bad > max_bad_fraction * total or not self._entries:
+        if num_bad / total > max_bad_fraction or not self._entries:
             fix = "repair or replace them"
             if self._entries:
                 fix += f", or raise the limit to {_ceil(num_bad / total)} and go on without them"
@@ -305,4 +306,4 @@ def _write_cache(file: Path, good: dict[str, list[int]], say: Callable[[str], No
 
 def _ceil(fraction: float) -> float:
     """The fraction rounded up to three digits after the point, for a limit that lets it pass."""
-    return -(-fraction * 1000 // 1) / 1000
+    return math.ceil(fraction * 1000) / 1000

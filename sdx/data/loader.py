@@ -74,8 +74,7 @@ def make_loader(
     process_index: int = 0,
     process_count: int = 1,
 ) -> "Loader":
-    """An endless iterator over this host's batches from `start_step` on, read ahead in the
-    background.
+    """An endless iterator over this host's batches from `start_step` on, reading ahead.
 
     `process_count` must divide `global_batch_size`.
     """
@@ -99,10 +98,7 @@ def make_loader(
         num_rows=global_batch_size // process_count,
     )
     return Loader(
-        read,
-        start_step,
-        num_workers=data.num_workers,
-        max_bad_images=int(data.max_bad_fraction * len(source)),
+        read, start_step, num_workers=data.num_workers, max_bad_fraction=data.max_bad_fraction
     )
 
 
@@ -111,14 +107,15 @@ class Loader(Iterator[HostBatch]):
 
     An error while reading is raised by `__next__` with its traceback, and so is the death of a
     loader process. Images that became unreadable are kept in `bad_images`; more than
-    `max_bad_images` of them raise `DataError`.
+    `max_bad_fraction` of all raise `DataError`.
     """
 
     def __init__(
-        self, read: "_ReadBatch", start_step: int, *, num_workers: int, max_bad_images: int
+        self, read: "_ReadBatch", start_step: int, *, num_workers: int, max_bad_fraction: float
     ):
         self.bad_images: dict[int, BadImage] = {}
-        self._max_bad_images = max_bad_images
+        self._num_examples = len(read.source)
+        self._max_bad_fraction = max_bad_fraction
         self._batches = _prefetched(read, start_step, num_workers)
 
     def __next__(self) -> HostBatch:
@@ -144,12 +141,14 @@ class Loader(Iterator[HostBatch]):
 
     def _count(self, bad: dict[int, BadImage]) -> None:
         self.bad_images |= bad
-        if len(self.bad_images) > self._max_bad_images:
+        num_bad = len(self.bad_images)
+        if num_bad / self._num_examples > self._max_bad_fraction:
             found = tuple(self.bad_images.values())
             raise DataError(
-                f"data.max_bad_fraction: {len(found)} images became unreadable while training"
-                f" ({count_reasons(found)}), at most {self._max_bad_images} may; the first is"
-                f" {found[0].path}. Restore the files and start again, or raise the limit.",
+                f"data.max_bad_fraction={self._max_bad_fraction}: {num_bad} of"
+                f" {self._num_examples} images became unreadable while training"
+                f" ({count_reasons(found)}); the first is {found[0].path}. Restore the files and"
+                " start again, or raise the limit.",
                 found,
             )
 

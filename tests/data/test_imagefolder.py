@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -192,6 +193,19 @@ def test_too_many_bad_images_stop_the_run(folder: Path):
     assert "(empty × 1)" in message and "raise the limit to 0.25 " in message
     assert "  empty.png: empty (0 bytes)" in message
     assert [image.path for image in caught.value.bad_images] == ["empty.png"]
+
+
+@pytest.mark.parametrize("num_bad, limit", [(1, 0.143), (2, 0.29), (4, 0.58)])
+def test_the_limit_that_is_advised_lets_the_run_start(folder: Path, num_bad: int, limit: float):
+    for i in range(7):
+        path = add(folder / f"{i}.png", "x")
+        if i < num_bad:
+            path.write_bytes(b"")
+    match = re.search(r"raise the limit to (\S+) ", refusal(folder))
+    assert match is not None
+    advised = float(match[1])
+    assert advised <= limit
+    assert len(opened(folder, max_bad_fraction=advised)) == 7 - num_bad
 
 
 def test_a_folder_of_bad_images_only_is_refused_at_any_limit(folder: Path):

@@ -205,7 +205,7 @@ def test_late_bad_images_weigh_nothing_and_are_counted():
 def test_too_many_late_bad_images_stop_the_run():
     with (
         loader(Numbered(bad=frozenset({2, 5, 6}))) as batches,
-        pytest.raises(DataError, match=r"3 images became unreadable .* \(missing × 3\), at most 2"),
+        pytest.raises(DataError, match=r"3 of 10 images became .* \(missing × 3\); the first"),
     ):
         list(islice(batches, 5))
 
