@@ -21,22 +21,28 @@ from sdx.config.schema import (
 
 def check(config: Config) -> list[Problem]:
     """Everything wrong with `config`; an empty list means it may run."""
-    problems = [*_bounds(config), *_without_effect(config)]
+    problems = [*_bounds(config), *_without_effect(config, _NEVER_IDLE)]
     for rule in _RULES:
         problems += rule(config)
     return problems
 
 
 def check_given(config: Config, given: Iterable[str]) -> list[Problem]:
-    """Keys a person typed that another key overrules, so that no choice is ignored in silence."""
-    problems = []
-    for path in sorted(set(given) & set(_OVERRULED_BY)):
-        winner = _OVERRULED_BY[path]
-        typed, winning = value(config, path), value(config, winner)
-        if typed is None or winning is None or _agrees(config, path):
+    """Keys a person typed that do nothing, so that no choice is ignored in silence.
+
+    Unlike in `check`, it matters here who set a key: a recipe may carry numbers for a switch that
+    is off.
+    """
+    typed = [path for path in leaves() if path in set(given)]
+    problems = [*_without_effect(config, [path for path in typed if path not in _NEVER_IDLE])]
+    for path in typed:
+        winner = _OVERRULED_BY.get(path)
+        if winner is None or None in (value(config, path), value(config, winner)):
             continue
-        rule = f"has no effect, {winner}={spelled(winning)} wins"
-        problems.append(Problem(path, spelled(typed), rule, f"add {winner}=null"))
+        if not _agrees(config, path):
+            rule = f"has no effect, {winner}={spelled(value(config, winner))} wins"
+            fix = f"add {winner}=null"
+            problems.append(Problem(path, spelled(value(config, path)), rule, fix))
     return problems
 
 
@@ -106,6 +112,9 @@ _NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "lr_schedule.end_lr": (_is_polynomial, "lr_schedule=polynomial"),
 }
 
+# Keys that must not stand idle, whoever set them: the run would not be what it says.
+_NEVER_IDLE = ("data.dir", "lr_schedule.warmup_steps", "lr_schedule.warmup_fraction")
+
 
 def _bounds(config: Config) -> Iterator[Problem]:
     for leaf in leaves().values():
@@ -137,11 +146,12 @@ def bounds_text(leaf: Leaf) -> str:
     return " and ".join(f"{word} {limit:g}" for word, limit in words.items() if limit is not None)
 
 
-def _without_effect(config: Config) -> Iterator[Problem]:
-    for path, (_, company) in _NEEDS.items():
+def _without_effect(config: Config, paths: Iterable[str]) -> Iterator[Problem]:
+    for path in paths:
         got = value(config, path)
         if got != leaves()[path].default and not has_effect(config, path):
-            yield Problem(path, spelled(got), "has no effect here", f"it needs {company}")
+            fix = f"it needs {_NEEDS[path][1]}"
+            yield Problem(path, spelled(got), "has no effect here", fix)
 
 
 def _data(config: Config) -> Iterator[Problem]:
@@ -177,7 +187,8 @@ def _schedule(config: Config) -> Iterator[Problem]:
             "lr_schedule.warmup_steps", "null", "missing", "set it or lr_schedule.warmup_fraction"
         )
     limit = schedule.decay_steps or config.train.max_steps
-    if steps is not None and limit is not None and steps >= limit:
+    decays = schedule.kind in resolve.DECAYING
+    if decays and steps is not None and limit is not None and steps >= limit:
         name = "lr_schedule.decay_steps" if schedule.decay_steps else "train.max_steps"
         rule = f"the warm-up must end before {name}={limit}"
         yield Problem("lr_schedule.warmup_steps", str(steps), rule)

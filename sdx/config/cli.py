@@ -161,6 +161,11 @@ def _sweep(command: str, arguments: Arguments, jobs: list[_Job], body: Body) -> 
         _hydra(
             command, ["--multirun", *arguments.overrides, *where], arguments.config_dir, job_body
         )
+    return exit_code(codes)
+
+
+def exit_code(codes: Sequence[int]) -> int:
+    """The exit code of a sweep whose jobs ended with `codes`."""
     if any(code not in {0, _INTERRUPTED} for code in codes):
         return _FAILED
     return _INTERRUPTED if _INTERRUPTED in codes else 0

@@ -17,6 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from sdx.config.check import check, check_given
 from sdx.config.errors import ConfigError, Problem, nearest
@@ -83,10 +84,10 @@ def to_yaml(config: Config) -> str:
 
 def typed(node: DictConfig) -> tuple[Config | None, list[Problem]]:
     """The plain dataclasses of a composed node, or what keeps it from becoming them."""
-    problems = [*_unknown(node, "conf"), *_missing(node)]
-    if problems:
-        return None, problems
     try:
+        problems = [*_unknown(node, "conf"), *_missing(node)]
+        if problems:
+            return None, problems
         config = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:
         return None, [explain(error)]
@@ -124,7 +125,7 @@ def register() -> None:
 def _composed(overrides: Sequence[str]) -> tuple[Config | None, list[Problem]]:
     try:
         node = hydra_compose(config_name="config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         return None, [explain(error)]
     return typed(node)
 

@@ -133,7 +133,9 @@ def _judge_value(
     override: Override, path: str, got: Any, options: dict[str, list[str]]
 ) -> Iterator[Problem]:
     leaf = leaves().get(path)
-    shown = _shown(got)
+    shown = spelled(got)
+    if path == override.key_or_group:
+        shown = (override.input_line or "").partition("=")[2]
     if leaf is None:
         if _is_list_item(path):
             return
@@ -144,7 +146,7 @@ def _judge_value(
         return
     elif got == "???":
         yield Problem(path, got, "a value is needed", f"it takes {leaf.type_name}")
-    elif fault := _type_fault(leaf, got):
+    elif fault := _type_fault(leaf, got, shown):
         yield fault
 
 
@@ -174,13 +176,15 @@ def _nearest_key(path: str, options: dict[str, list[str]]) -> str | None:
         if path in leaves() or path in options:
             return path
     group = path.rpartition(".")[0]
+    if group and group not in groups():
+        return None
     siblings = {key.rpartition(".")[2]: key for key in leaves() if key.rpartition(".")[0] == group}
     by_name = {key.rpartition(".")[2]: key for key in leaves()}
     near = nearest(name, siblings)
     return siblings[near] if near else by_name.get(nearest(name, by_name) or "")
 
 
-def _type_fault(leaf: Leaf, got: Any) -> Problem | None:
+def _type_fault(leaf: Leaf, got: Any, shown: str) -> Problem | None:
     """Whether OmegaConf would refuse `got` for this key."""
     group, _, name = leaf.path.rpartition(".")
     node = OmegaConf.structured(groups()[group] if group else Config)
@@ -191,14 +195,14 @@ def _type_fault(leaf: Leaf, got: Any) -> Problem | None:
         is_dtype = leaf.kind in {WeightsDtype, ActivationsDtype}
         if is_dtype and str(got).lower() in _HALF:
             rule = "float16 overflows without loss scaling; bfloat16 has float32's range in 2 bytes"
-            return Problem(leaf.path, _shown(got), rule, f"use {leaf.path}=bfloat16")
-        return Problem(leaf.path, _shown(got), f"must be {leaf.type_name}", _type_fix(leaf, got))
+            return Problem(leaf.path, shown, rule, f"use {leaf.path}=bfloat16")
+        return Problem(leaf.path, shown, f"must be {leaf.type_name}", _type_fix(leaf, got))
     return None
 
 
 def _type_fix(leaf: Leaf, got: Any) -> str | None:
     if leaf.element and not isinstance(got, list):
-        return f"write {leaf.path}=[{_shown(got)}]"
+        return f"write {leaf.path}=[{spelled(got)}]"
     if leaf.kind is int and isinstance(got, float) and got.is_integer():
         return f"use {leaf.path}={int(got)}"
     names = got if isinstance(got, list) else [got]
@@ -236,10 +240,6 @@ def _typed_key(override: Override, path: str | None = None) -> str:
         prefix = "++" if override.is_force_add() else "+"
     package = f"@{override.package}" if override.package is not None else ""
     return prefix + (path or override.key_or_group) + package
-
-
-def _shown(got: Any) -> str:
-    return spelled(got)
 
 
 def _not_an_override(text: str) -> Problem:

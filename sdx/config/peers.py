@@ -110,7 +110,6 @@ _BOTH = _rows(
         "adam_weight_decay": "optimizer.weight_decay",
         "max_grad_norm": ("optimizer.max_grad_norm", "null = off"),
         "snr_gamma": ("diffusion.snr_gamma", "null = off"),
-        "prediction_type": "diffusion.prediction_type",
     },
 ) + _rows(
     (MAXDIFFUSION, DIFFUSERS),
@@ -273,6 +272,7 @@ _DIFFUSERS_KEYS = _rows(
     (DIFFUSERS,),
     Outcome.key,
     {
+        "prediction_type": "diffusion.prediction_type",
         "image_interpolation_mode": "data.interpolation",
         "train_batch_size": "train.per_device_batch_size",
         "dataloader_num_workers": "data.num_workers",

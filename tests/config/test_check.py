@@ -1,0 +1,239 @@
+"""Rules over several keys: each is broken once, and the text says how to mend it."""
+
+import dataclasses
+
+import pytest
+
+from sdx.config.check import check, has_effect
+from sdx.config.compose import compose
+from sdx.config.errors import ConfigError
+from sdx.config.leaves import leaves
+from sdx.config.schema import SampleConfig
+
+PHOTOS = "data=imagefolder data.dir=photos"
+RULES = {
+    "bound": ("optimizer.eps=0", "optimizer.eps=0: must be above 0."),
+    "two-sided bound": ("optimizer.b1=1", "optimizer.b1=1: must be at least 0 and below 1."),
+    "not a number": ("optimizer.lr=nan", "optimizer.lr=nan: must be above 0."),
+    "peers' -1": (
+        "checkpoint.every=-1",
+        "checkpoint.every=-1: must be at least 0; null = off.",
+    ),
+    "folder missing": (
+        "data=imagefolder",
+        "data.dir: missing; data=imagefolder needs data.dir=FOLDER.",
+    ),
+    "folder without use": (
+        "data.dir=photos",
+        "data.dir=photos: has no effect here; it needs data=imagefolder.",
+    ),
+    "judge without shapes": (
+        f"{PHOTOS} sample.num_adherence_prompts=10",
+        "sample.num_adherence_prompts=10: has no effect here; it needs data=shapes.",
+    ),
+    "examples missing": (
+        "data.num_examples=null",
+        "data.num_examples=null: data=shapes needs a number of examples.",
+    ),
+    "too many samples": (
+        "data.num_examples=10 train.max_samples=11",
+        "train.max_samples=11: at most data.num_examples=10.",
+    ),
+    "split is a path": (
+        "data.split=../secret",
+        "data.split=../secret: must be the name of a split, not a path.",
+    ),
+    "no length": (
+        "train.max_steps=null",
+        "train.max_steps=null: missing; set it or train.epochs.",
+    ),
+    "epochs overruled": (
+        "train.epochs=3 train.max_steps=7",
+        "train.epochs=3: has no effect, train.max_steps=7 wins; add train.max_steps=null.",
+    ),
+    "batch overruled": (
+        "train.per_device_batch_size=3 train.global_batch_size=8",
+        "train.per_device_batch_size=3: has no effect, train.global_batch_size=8 wins;"
+        " add train.global_batch_size=null.",
+    ),
+    "warm-up ignored": (
+        "lr_schedule.warmup_steps=5",
+        "lr_schedule.warmup_steps=5: has no effect here;"
+        " it needs lr_schedule=constant_with_warmup.",
+    ),
+    "two warm-ups": (
+        "lr_schedule=constant_with_warmup lr_schedule.warmup_fraction=0.1",
+        "lr_schedule.warmup_fraction=0.1: lr_schedule.warmup_steps=100 is set too;"
+        " give one: add lr_schedule.warmup_steps=null.",
+    ),
+    "no warm-up": (
+        "lr_schedule=constant_with_warmup lr_schedule.warmup_steps=null",
+        "lr_schedule.warmup_steps=null: missing; set it or lr_schedule.warmup_fraction.",
+    ),
+    "warm-up without end": (
+        "lr_schedule=cosine lr_schedule.warmup_steps=9 train.max_steps=9",
+        "lr_schedule.warmup_steps=9: the warm-up must end before train.max_steps=9.",
+    ),
+    "polynomial upwards": (
+        "lr_schedule=polynomial optimizer.lr=1e-7",
+        "lr_schedule.end_lr=1e-7: must be below optimizer.lr=1e-7.",
+    ),
+    "power without polynomial": (
+        "lr_schedule=cosine lr_schedule.power=2",
+        "lr_schedule.power=2: has no effect here; it needs lr_schedule=polynomial.",
+    ),
+    "decay without end": (
+        "lr_schedule.decay_steps=5",
+        "lr_schedule.decay_steps=5: has no effect here;"
+        " it needs a schedule that decays, such as cosine.",
+    ),
+    "average off": (
+        "train.ema=false train.ema_decay=0.5",
+        "train.ema_decay=0.5: has no effect here; it needs train.ema=true.",
+    ),
+    "betas": (
+        "diffusion.beta_start=0.02",
+        "diffusion.beta_start=0.02: must be below diffusion.beta_end=0.012.",
+    ),
+    "sampler steps": (
+        "sample.num_steps=11 diffusion.num_train_timesteps=10",
+        "sample.num_steps=11: at most diffusion.num_train_timesteps=10.",
+    ),
+    "resolution": (
+        "model=sd21 data.resolution=500",
+        "data.resolution=500: must be a multiple of 64 (VAE x UNet levels of model=sd21);"
+        " use 448 or 512.",
+    ),
+    "no UNet in tiny": (
+        "model.init=pretrained",
+        "model.init=pretrained: the embedded model has no UNet to start from;"
+        " use model.init=random.",
+    ),
+    "list lengths": (
+        "model=sd21 model.unet.attention_head_dim=[5,10]",
+        "model.unet.attention_head_dim=[5,10]: must have 4 items,"
+        " as many as model.unet.block_out_channels=[320,640,1280,1280].",
+    ),
+    "norm groups": (
+        "model=sd21 model.unet.norm_num_groups=48",
+        "model.unet.norm_num_groups=48: must divide 320, 640, 1280 channels.",
+    ),
+    "VAE norm groups": (
+        "model=sd21 model.vae.norm_num_groups=48",
+        "model.vae.norm_num_groups=48: must divide 128, 256, 512 channels.",
+    ),
+    "heads": (
+        "model=sd21 model.unet.attention_head_dim=[5,10,7,20]",
+        "model.unet.attention_head_dim=[5,10,7,20]: level 2: 7 heads must divide its"
+        " 1280 channels.",
+    ),
+    "text heads": (
+        "model=sd21 model.text_encoder.num_attention_heads=7",
+        "model.text_encoder.num_attention_heads=7: must divide 1024 channels.",
+    ),
+    "text width": (
+        "model=sd21 model.unet.cross_attention_dim=768",
+        "model.unet.cross_attention_dim=768: must equal model.text_encoder.hidden_size=1024.",
+    ),
+    "latent channels": (
+        "model=sd21 model.unet.in_channels=9",
+        "model.unet.in_channels=9: must equal model.vae.latent_channels=4.",
+    ),
+    "hosts": (
+        "hardware=tpu_v4_32 hardware.num_hosts=3",
+        "hardware.num_devices=16: must be a multiple of hardware.num_hosts=3.",
+    ),
+    "mesh axis": (
+        "hardware=gpu_h100_8 mesh.ici.fsdp=6",
+        "mesh.ici.fsdp=6: must divide the 8 devices of hardware=gpu_h100_8; use 1, 2, 4 or 8.",
+    ),
+    "mesh product": (
+        "hardware=gpu_h100_8 mesh=single",
+        "mesh.ici: data 1 x fsdp 1 x tensor 1 is 1, but there are 8 devices of"
+        " hardware=gpu_h100_8; use mesh=dp, mesh=fsdp or axes whose product is 8.",
+    ),
+    "mesh too large": (
+        "hardware=gpu_h100_8 mesh.ici.fsdp=4 mesh.ici.tensor=4",
+        "mesh.ici: fsdp 4 x tensor 4 is 16, but there are 8 devices of hardware=gpu_h100_8.",
+    ),
+    "mesh fills twice": (
+        "hardware=gpu_h100_8 mesh.ici.fsdp=-1",
+        "mesh.ici.fsdp=-1: only one axis may fill, mesh.ici.data does.",
+    ),
+    "mesh zero": (
+        "mesh.ici.tensor=0",
+        "mesh.ici.tensor=0: must be at least 1, or -1 to fill.",
+    ),
+    "global batch": (
+        "hardware=gpu_h100_8 train.global_batch_size=100",
+        "train.global_batch_size=100: must be a multiple of mesh data x fsdp = 8; use 96 or 104.",
+    ),
+    "accumulated batch": (
+        "hardware=gpu_h100_8 train.gradient_accumulation=3 train.global_batch_size=32",
+        "train.global_batch_size=32: must be a multiple of mesh data x fsdp x"
+        " gradient_accumulation = 24; use 24 or 48.",
+    ),
+    "fraction of an example": (
+        "hardware=gpu_h100_8 mesh.ici.tensor=2 train.per_device_batch_size=0.75",
+        "train.per_device_batch_size=0.75: must be a multiple of 0.5 to give every part of the"
+        " mesh whole examples.",
+    ),
+    "no batch": (
+        "train.per_device_batch_size=null",
+        "train.per_device_batch_size=null: missing; set it or train.global_batch_size.",
+    ),
+    "run name": (
+        "run.name=a/b",
+        "run.name=a/b: must be one folder name; use run.output_dir for a path.",
+    ),
+    "no output folder": ("run.output_dir=''", "run.output_dir='': must be a folder."),
+    "no run to fork": (
+        "run.resume_from=''",
+        "run.resume_from='': must be RUN or RUN@STEP, or null.",
+    ),
+}
+SOUND = [
+    "hardware=gpu_h100_8 mesh.ici.tensor=2 train.per_device_batch_size=0.5",
+    "hardware=gpu_h100_8 mesh.ici.data=2 mesh.ici.fsdp=2 mesh.ici.tensor=2",
+    "hardware=gpu mesh=fsdp",
+    "hardware=gpu train.global_batch_size=32",
+    "lr_schedule=cosine",
+    "lr_schedule=cosine lr_schedule.warmup_fraction=0.1",
+    "lr_schedule=constant_with_warmup lr_schedule.warmup_steps=null"
+    " lr_schedule.warmup_fraction=0.1 lr_schedule.decay_steps=50",
+    "train.max_steps=null train.epochs=3",
+    "train.per_device_batch_size=8 train.global_batch_size=8",
+    "train.global_batch_size=24",
+    "checkpoint.every=null sample.every=null",
+    PHOTOS,
+]
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_rule(case: str) -> None:
+    line, text = RULES[case]
+    with pytest.raises(ConfigError) as caught:
+        compose(line.split(" "))
+    assert [str(problem) for problem in caught.value.problems] == [text]
+
+
+@pytest.mark.parametrize("line", SOUND)
+def test_sound_configurations_pass(line: str) -> None:
+    compose(line.split())
+
+
+def test_faults_of_many_rules_come_together() -> None:
+    config = compose(["model=sd21"])
+    broken = dataclasses.replace(
+        config,
+        sample=SampleConfig(num_steps=0, guidance_scale=0.5),
+        data=dataclasses.replace(config.data, resolution=500),
+    )
+    paths = [problem.path for problem in check(broken)]
+    assert paths == ["sample.guidance_scale", "sample.num_steps", "data.resolution"]
+
+
+def test_a_key_is_in_effect_or_named_in_a_fault() -> None:
+    config = compose([])
+    idle = [path for path in leaves() if not has_effect(config, path)]
+    assert "data.dir" in idle and "lr_schedule.power" in idle and "optimizer.lr" not in idle
