@@ -2,8 +2,8 @@
 
 Every state from the end token on must tell size, colour, shape and background apart by one linear
 read-out each, noise notwithstanding: that binds "red" to the shape or to the background before the
-UNet sees any of it. Captions that leave attributes out belong to the lesson, so that a shorter prompt
-means what it says; held-out combinations do not.
+UNet sees any of it. Captions that leave attributes out belong to the lesson, so that a shorter
+prompt means what it says; held-out combinations do not.
 """
 
 import time
@@ -74,7 +74,7 @@ def train_text_encoder(
     ) -> tuple[Params, optax.OptState, tuple[Array, Array]]:
         gradients, errors = jax.grad(_loss, argnums=1, has_aux=True)(network, params, batch, key)
         updates, opt_state = optimizer.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, errors
+        return jax.tree.map(jnp.add, params, updates), opt_state, errors
 
     begin = time.monotonic()
     for i in range(num_steps):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from sdx.assets.make_text_encoder import train_text_encoder
 from sdx.assets.make_tokenizer import write_tokenizer
@@ -97,7 +97,7 @@ def _write_weights(path: Path, params: Params) -> None:
         to_torch(names): np.ascontiguousarray(array_to_torch(names, np.asarray(value)), np.float16)
         for names, value in flat(params).items()
     }
-    save_file(arrays, path, metadata={"format": "pt"})
+    path.write_bytes(save(arrays, metadata={"format": "pt"}))
 
 
 def _model_index() -> dict[str, Any]:

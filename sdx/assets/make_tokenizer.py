@@ -1,7 +1,7 @@
 """Writes the embedded model's tokenizer: CLIP's byte-level BPE with a vocabulary of a few hundred.
 
-All 256 bytes are there, inside and at the end of a word, so any text can be encoded; every word of a
-shapes caption is one token.
+All 256 bytes are there, inside and at the end of a word, so any text can be encoded; every word of
+a shapes caption is one token.
 """
 
 import json

@@ -37,7 +37,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "yellow": COLOURS["yellow"],
 }
 SHAPES = ("circle", "square", "triangle", "star")
-SIZES: dict[str, tuple[float, float]] = {"small": (0.17, 0.21), "large": (0.31, 0.37)}
+SIZES: dict[str, tuple[float, float]] = {"small": (0.20, 0.24), "large": (0.31, 0.37)}
 """Range of the radius of each size, as a share of the image's side."""
 
 HELD_OUT_EVERY = 5
