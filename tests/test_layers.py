@@ -12,8 +12,9 @@ RANKS = {
     **dict.fromkeys(["parallel", "data", "models", "diffusion"], 1),
     **dict.fromkeys(["weights", "training", "sampling"], 2),
     **dict.fromkeys(["pipeline", "planning"], 3),
+    "experiment": 4,
 }
-COMMANDS = 4
+COMMANDS = 5
 NO_JAX = {"record", "config"}
 
 

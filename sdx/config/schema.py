@@ -193,7 +193,6 @@ class RunConfig:
     resume_from: str | None = option(
         None,
         "RUN or RUN@STEP to fork from: start from its state under a new identity.",
-        identity=False,
     )
     compilation_cache_dir: str | None = option(
         "~/.cache/sdx/compilation",

@@ -70,6 +70,31 @@ class DataError(ValueError):
         self.bad_images = tuple(bad_images)
 
 
+class FirstExamples:
+    """The first examples of a source, which has at least one."""
+
+    def __init__(self, source: Source, num_examples: int):
+        self._source = source
+        self._length = min(num_examples, len(source))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int, /) -> Example:
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        return self._source[index]
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self._source.fingerprint}[:{self._length}]"
+
+    @property
+    def bad_images(self) -> Sequence[BadImage]:
+        """What the whole source left out."""
+        return getattr(self._source, "bad_images", ())
+
+
 def count_reasons(bad_images: Sequence[BadImage]) -> str:
     """`truncated × 3, empty × 1`: the reasons, most frequent first."""
     counts = Counter(bad.reason for bad in bad_images)

@@ -1,0 +1,59 @@
+"""Pictures on demand: what `sdx.sample` does once its arguments are read."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdx.config.errors import ConfigError
+from sdx.data.source import DataError
+from sdx.diffusion.ddim import SamplerError
+from sdx.pipeline import load
+from sdx.record.paths import RunPaths
+from sdx.training.checkpoint import CheckpointMismatch, NoValidCheckpoint
+from sdx.training.pictures import make_grid, save_png, to_uint8
+from sdx.weights.errors import WeightsError
+
+DRAWING_FAULTS = (
+    ConfigError,
+    WeightsError,
+    DataError,
+    SamplerError,
+    NoValidCheckpoint,
+    CheckpointMismatch,
+)
+_MAX_NAME = 60  # letters of the prompt in a file's name
+
+
+def draw(
+    source: str,
+    prompts: Sequence[str],
+    *,
+    negative_prompt: str,
+    num_images: int,
+    num_steps: int,
+    guidance_scale: float,
+    seed: int,
+    out: Path | None,
+) -> Path:
+    """The folder with `grid.png` and one PNG for each prompt and number; raises `DRAWING_FAULTS`."""
+    run = Path(source).expanduser()
+    is_run = (run / "config.yaml").is_file()
+    folder = out or (RunPaths(run).samples / "drawn" if is_run else Path("samples"))
+    wanted = [prompt for prompt in prompts for _ in range(num_images)]
+    images = load(source).sample(
+        wanted,
+        negative_prompts=[negative_prompt],
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+    )
+    pictures = to_uint8(images)
+    for index, (prompt, picture) in enumerate(zip(wanted, pictures, strict=True)):
+        save_png(picture, folder / f"{index:03d}-{_file_name(prompt)}.png")
+    save_png(make_grid(pictures, wanted), folder / "grid.png")
+    return folder
+
+
+def _file_name(prompt: str) -> str:
+    """The prompt's letters and digits, safe in any file system."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:_MAX_NAME].strip("-") or "empty"

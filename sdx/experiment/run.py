@@ -1,0 +1,306 @@
+"""The acts of a run in order: prepare, take the folder, compile, restore, train, draw, judge.
+
+From the moment the folder is taken, whatever happens is written down: status.json says finished,
+interrupted or failed, attempts/<n>.json what this start did, log.txt what it said.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+
+from sdx.config import resolve
+from sdx.config.compose import from_saved, to_yaml
+from sdx.config.errors import ConfigError
+from sdx.config.identity import differences
+from sdx.config.leaves import flatten
+from sdx.config.schema import Config, Init, OnResume
+from sdx.data.loader import make_loader
+from sdx.data.source import BadImage, DataError
+from sdx.experiment.gallery import Gallery
+from sdx.experiment.setup import REFUSALS, Setup, prepare
+from sdx.parallel.stopping import EXIT_INTERRUPTED, StopFlag
+from sdx.pipeline import Params, make_pipeline
+from sdx.record.files import read_json, write_text
+from sdx.record.log import Log
+from sdx.record.metrics import truncate_after
+from sdx.record.paths import RunPaths
+from sdx.record.run import AlreadyFinished, Change, RunRecord, start
+from sdx.record.status import Status
+from sdx.sampling.denoise import SamplingStopped
+from sdx.training.checkpoint import (
+    Checkpointer,
+    CheckpointMismatch,
+    NoValidCheckpoint,
+    restore_step,
+)
+from sdx.training.loop import Cadence, Outcome, train
+from sdx.training.metrics import (
+    MetricSink,
+    ProgressLine,
+    Reporter,
+    StepMeter,
+    TooManyBadSteps,
+    Workload,
+    make_sinks,
+)
+from sdx.training.program import Program, build
+from sdx.training.state import TrainState, sampling_params
+from sdx.weights.load import load_text_encoder, load_unet, load_vae
+
+FINISHED, FAILED, REFUSED = 0, 1, 2
+_FAULTS = (TooManyBadSteps, NoValidCheckpoint, CheckpointMismatch, DataError)
+"""Failures that explain themselves; any other leaves its traceback."""
+
+
+def run(config: Config, overrides: Sequence[str]) -> int:
+    """Trains what `config` says, from where an earlier start stopped; returns the exit code."""
+    try:
+        setup = prepare(config)
+        record = _take_folder(setup, overrides)
+    except AlreadyFinished as finished:
+        print(finished)
+        return FINISHED
+    except (ConfigError, *REFUSALS) as error:
+        print(error if isinstance(error, ConfigError) else f"sdx: {error}", file=sys.stderr)
+        return REFUSED
+    attempt = Attempt(setup, record)
+    try:
+        return attempt.run()
+    except _FAULTS as error:
+        return attempt.fail(str(error))
+    except Exception as error:
+        attempt.log.write(traceback.format_exc())
+        traceback.print_exc()
+        return attempt.fail(f"{type(error).__name__}: {error}")
+
+
+def _take_folder(setup: Setup, overrides: Sequence[str]) -> RunRecord:
+    config, paths = setup.config, setup.paths
+    changes = _changes(setup)
+    for change in changes:
+        if change.on_resume == OnResume.warn.name:
+            print(f"changed since the last start: {change.path}: {change.old} -> {change.new}")
+    record = start(
+        paths,
+        config_yaml=to_yaml(config),
+        config=flatten(config),
+        overrides=overrides,
+        resume=config.run.resume.name,
+        max_steps=setup.max_steps,
+        devices=[f"{device.platform}: {device.device_kind}" for device in setup.mesh.devices.flat],
+        changes=changes,
+        parent=config.run.resume_from,
+    )
+    record.update(data_fingerprint=setup.source.fingerprint)
+    return record
+
+
+def _changes(setup: Setup) -> list[Change]:
+    """What differs from the start before: keys of the configuration, and the data itself."""
+    paths = setup.paths
+    if not paths.config.is_file():
+        return []
+    changes = [
+        Change(change.path, change.old, change.new, change.on_resume.name)
+        for change in differences(from_saved(paths.config), setup.config)
+    ]
+    before, content = (read_json(paths.run) or {}).get("data_fingerprint"), setup.source.fingerprint
+    if before not in (None, content):  # other indices name other images
+        changes.append(Change("content of data", before, content, OnResume.forbidden.name))
+    return changes
+
+
+class Attempt:
+    """One start of a run that holds its folder."""
+
+    def __init__(self, setup: Setup, record: RunRecord):
+        self.setup = setup
+        self.record = record
+        self.log = Log(setup.paths.log)
+        self.progress = ProgressLine(setup.max_steps)
+
+    def run(self) -> int:
+        """Everything from compiling to the last picture; returns the exit code."""
+        self.say(_headline(self.setup))
+        with StopFlag(on_exit=self._interrupted_at_once) as stop:
+            try:
+                with stop.compiling():
+                    program = self._compile()
+                    frozen = self._load_frozen(program)
+                return self._train(program, frozen, stop)
+            except SamplingStopped:
+                return self._interrupted(self.record.step)
+
+    def fail(self, reason: str) -> int:
+        """Notes that the run failed and why; what it saved stays."""
+        self.say(f"failed: {reason}")
+        self.record.finish(Status.failed, reason=reason)
+        return FAILED
+
+    def say(self, text: str) -> None:
+        """One line for the user and the log."""
+        self.progress.say(text)
+        self.log.write(text)
+
+    def _compile(self) -> Program:
+        program = build(self.setup.config, self.setup.mesh, max_steps=self.setup.max_steps)
+        program = program.compile()
+        self.say(f"compiled in {program.compile_s:.1f} s")
+        return program
+
+    def _load_frozen(self, program: Program) -> Params:
+        abstract, folder = program.abstract_frozen, self.setup.weights
+        return {
+            "vae": load_vae(folder, abstract["vae"]),
+            "text_encoder": load_text_encoder(folder, abstract["text_encoder"]),
+        }
+
+    def _train(self, program: Program, frozen: Params, stop: StopFlag) -> int:
+        setup, config, paths = self.setup, self.setup.config, self.setup.paths
+        checkpointer = Checkpointer(paths.checkpoints, keep=config.checkpoint.keep, say=self.say)
+        with closing(checkpointer):
+            state = self._first_state(program, checkpointer)
+            first_step = int(state.step)
+            self._note_bad_images()
+            self.record.begin(first_step, truncate_after(paths.metrics, first_step))
+            _remove_later_pictures(paths, first_step)
+            sinks = make_sinks(config.metrics.sinks, paths, first_step=first_step + 1)
+            gallery = self._gallery(program, frozen, sinks, stop)
+            loader = make_loader(
+                setup.source,
+                setup.tokenizer,
+                config.data,
+                seed=config.run.seed,
+                global_batch_size=program.global_batch_size,
+                resolution=resolve.resolution(config),
+                start_step=first_step,
+            )
+            with loader:
+                outcome = train(
+                    program,
+                    state,
+                    frozen,
+                    loader,
+                    Cadence(setup.max_steps, config.sample.every, config.checkpoint),
+                    checkpointer=checkpointer,
+                    reporter=self._reporter(program, sinks),
+                    should_stop=lambda step: stop.requested,
+                    draw=gallery.draw_grid,
+                )
+            self._note_bad_images(loader.bad_images.values())
+            self.progress.close()
+            if outcome.is_interrupted:
+                return self._interrupted(outcome.step)
+            self._conclude(outcome, gallery)
+            for sink in sinks:
+                sink.close()
+        self.record.finish(Status.finished, step=outcome.step)
+        return FINISHED
+
+    def _first_state(self, program: Program, checkpointer: Checkpointer) -> TrainState:
+        """In this order: the run's own newest checkpoint, the run it forks, weights, chance."""
+        config = self.setup.config
+        restored = checkpointer.restore(program.abstract_state)
+        if restored is not None:
+            self.say(f"continuing from step {restored[0]}")
+            return restored[1]
+        if config.run.resume_from is not None:
+            parent, step = _parse_parent(config.run.resume_from)
+            folder = RunPaths(parent).checkpoints
+            found = restore_step(folder, step, program.abstract_state, say=self.say)
+            self.say(f"forked from {parent} at step {found[0]}")
+            self.record.update(parent=f"{parent}@{found[0]}")
+            return found[1]
+        if config.model.init is Init.random:
+            return program.init()
+        like = program.abstract_state.params["unet"]
+        return program.init(load_unet(self.setup.weights, like))
+
+    def _gallery(
+        self, program: Program, frozen: Params, sinks: Sequence[MetricSink], stop: StopFlag
+    ) -> Gallery:
+        config = self.setup.config
+        pipeline = make_pipeline(
+            program.networks,
+            frozen,
+            self.setup.tokenizer,
+            self.setup.mesh,
+            model=config.model,
+            diffusion=config.diffusion,
+            resolution=resolve.resolution(config),
+        )
+        return Gallery(config, self.setup.paths, pipeline, sinks, lambda: stop.requested)
+
+    def _reporter(self, program: Program, sinks: Sequence[MetricSink]) -> Reporter:
+        config = self.setup.config
+        workload = Workload(
+            batch_size=program.global_batch_size,
+            flops=program.flops_per_step,
+            num_devices=program.mesh.size,
+            peak_tflops=config.hardware.peak_tflops,
+        )
+        return Reporter(
+            every=config.metrics.every,
+            max_steps=self.setup.max_steps,
+            max_bad_steps=config.train.max_bad_steps,
+            meter=StepMeter(workload),
+            sinks=sinks,
+            progress=self.progress,
+            on_row=self.record.progress,
+        )
+
+    def _conclude(self, outcome: Outcome, gallery: Gallery) -> None:
+        """What is drawn and judged once, of the last weights."""
+        gallery.plot_loss(outcome.step)
+        num_prompts = resolve.num_adherence_prompts(self.setup.config)
+        if num_prompts:
+            adherence = gallery.judge(sampling_params(outcome.state), num_prompts)
+            self.record.update(adherence=asdict(adherence))
+            self.say(f"adherence: {adherence}")
+        self.say(f"finished {outcome.step} steps: {self.setup.paths.root}")
+
+    def _note_bad_images(self, late: Iterable[BadImage] = ()) -> None:
+        """`bad_images.jsonl`: what the scan left out and what became unreadable since."""
+        bad = [*getattr(self.setup.source, "bad_images", ()), *late]
+        if bad:
+            lines = [json.dumps(asdict(image), ensure_ascii=False) for image in bad]
+            write_text(self.setup.paths.bad_images, "\n".join(lines) + "\n")
+
+    def _interrupted(self, step: int) -> int:
+        self.say(f"interrupted after step {step}, saved; the same command goes on from there")
+        self.record.finish(Status.interrupted, step=step)
+        return EXIT_INTERRUPTED
+
+    def _interrupted_at_once(self) -> None:
+        self.say("interrupted; the same command goes on from the last checkpoint")
+        self.record.finish(Status.interrupted)
+
+
+def _headline(setup: Setup) -> str:
+    config, devices = setup.config, setup.mesh.devices
+    return (
+        f"{config.model.name} on {config.data.kind.name}: {len(setup.source)} examples, "
+        f"{setup.max_steps} steps of {config.train.global_batch_size}, "
+        f"{devices.size} x {devices.flat[0].device_kind} -> {setup.paths.root}"
+    )
+
+
+def _parse_parent(text: str) -> tuple[Path, int | None]:
+    """RUN or RUN@STEP."""
+    folder, at, step = text.rpartition("@")
+    if at and step.isdigit():
+        return Path(folder).expanduser(), int(step)
+    return Path(text).expanduser(), None
+
+
+def _remove_later_pictures(paths: RunPaths, step: int) -> None:
+    """Grids of steps that are about to be trained again."""
+    for path in paths.samples.glob("*.png"):
+        if path.stem.isdigit() and int(path.stem) > step and jax.process_index() == 0:
+            path.unlink()

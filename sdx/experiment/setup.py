@@ -1,0 +1,73 @@
+"""What a run needs and the machine has, found out without writing anything.
+
+Whatever is wrong here refuses the start (exit code 2): devices, data, the model's folder, batch.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from sdx.config import resolve
+from sdx.config.identity import run_folder_name
+from sdx.config.schema import Config
+from sdx.data.loader import open_source
+from sdx.data.source import DataError, FirstExamples, Source
+from sdx.data.tokenizer import Tokenizer, load_tokenizer
+from sdx.parallel.mesh import MeshError, claim_devices, make_mesh
+from sdx.record.lock import RefusedStart
+from sdx.record.paths import RunPaths
+from sdx.training.program import BatchError, check_batch
+from sdx.weights.errors import WeightsError
+from sdx.weights.load import resolve_folder
+
+REFUSALS = (MeshError, DataError, WeightsError, BatchError, RefusedStart)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A configuration that this machine can run; `config` holds the resolved global batch."""
+
+    config: Config
+    mesh: Mesh
+    source: Source
+    tokenizer: Tokenizer
+    weights: Path
+    """Folder of the model: UNet (unless it starts from random), autoencoder, text encoder."""
+    max_steps: int
+    paths: RunPaths
+
+
+def prepare(config: Config) -> Setup:
+    """Looks at devices, data and weights; raises one of `REFUSALS` with what is wrong."""
+    use_compilation_cache(config.run.compilation_cache_dir)
+    claim_devices(config.hardware)
+    mesh = make_mesh(config.mesh, config.hardware)
+    config = resolve.with_global_batch(config, mesh.size)
+    check_batch(config, mesh, resolve.global_batch_size(config))
+    weights = resolve_folder(config.model.pretrained)
+    length = config.model.text_encoder.max_position_embeddings
+    tokenizer = load_tokenizer(weights / "tokenizer", max_length=length)
+    source = open_source(config.data, resolution=resolve.resolution(config))
+    if config.train.max_samples is not None:
+        source = FirstExamples(source, config.train.max_samples)
+    return Setup(
+        config=config,
+        mesh=mesh,
+        source=source,
+        tokenizer=tokenizer,
+        weights=weights,
+        max_steps=resolve.max_steps(config, len(source)),
+        paths=RunPaths(Path(config.run.output_dir) / run_folder_name(config)),
+    )
+
+
+def use_compilation_cache(folder: str | None) -> None:
+    """Keeps compiled programs in `folder`, however small or quickly made."""
+    if folder is None:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,59 @@
+"""python -m sdx.sample RUN_OR_FOLDER --prompt "...": draw pictures with a run's or a folder's model."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+FINISHED, REFUSED = 0, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes one PNG for each prompt and a grid of all; exit code 0, or 2 for bad input."""
+    arguments = _parser().parse_args(argv)
+    from sdx.experiment.drawing import DRAWING_FAULTS, draw  # after --help: it imports JAX
+
+    try:
+        folder = draw(
+            arguments.source,
+            arguments.prompt,
+            negative_prompt=arguments.negative_prompt,
+            num_images=arguments.num_images,
+            num_steps=arguments.steps,
+            guidance_scale=arguments.guidance,
+            seed=arguments.seed,
+            out=arguments.out,
+        )
+    except DRAWING_FAULTS as error:
+        print(f"sdx: {error}", file=sys.stderr)
+        return REFUSED
+    print(f"pictures: {folder}")
+    return FINISHED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sdx.sample", description=__doc__)
+    parser.add_argument("source", help="run folder, folder in diffusers' layout, or Hub id")
+    parser.add_argument("--prompt", action="append", required=True, help="may be given many times")
+    parser.add_argument("--negative-prompt", default="", help="what guidance steers away from")
+    parser.add_argument("--num-images", type=_whole, default=1, help="pictures of each prompt (1)")
+    parser.add_argument("--steps", type=_whole, default=30, help="sampler steps (30)")
+    parser.add_argument(
+        "--guidance", type=float, default=7.5, help="guidance scale; 1 is off (7.5)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial noise (0)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the pictures (RUN/samples/drawn, or samples)"
+    )
+    return parser
+
+
+def _whole(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
