@@ -108,12 +108,14 @@ def _assert_falls_back(folder: Path, why: str) -> None:
     assert (folder / "20.damaged").is_dir() and not (folder / "20").exists()
 
 
+@pytest.mark.fast
 def test_the_state_comes_back_as_saved(folder: Path) -> None:
     found = _restore(folder)
     assert found is not None and found[0] == 20
     _assert_same(found[1], _state(20))
 
 
+@pytest.mark.fast
 def test_nothing_saved_is_none(tmp_path: Path) -> None:
     assert _restore(tmp_path / "checkpoints") is None
 
@@ -258,6 +260,7 @@ def test_several_damaged_ones_are_each_reported_and_kept(folder: Path) -> None:
     assert names == ["10", "15.damaged", "20.damaged", "20.damaged.2"]
 
 
+@pytest.mark.fast
 def test_all_damaged_refuses_this_start_and_the_next(folder: Path) -> None:
     for step in STEPS:
         (folder / str(step) / "manifest.json").write_text("{}")
@@ -269,6 +272,7 @@ def test_all_damaged_refuses_this_start_and_the_next(folder: Path) -> None:
         _restore(folder)
 
 
+@pytest.mark.fast
 def test_a_torn_save_is_no_checkpoint_and_no_damage(folder: Path) -> None:
     (folder / "20").rename(folder / ".saving-25")
     shutil.copytree(folder / "15", folder / ".saving-5.old")
