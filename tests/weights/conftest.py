@@ -2,10 +2,12 @@
 
 import warnings
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sdx.config.schema import MatmulPrecision, ModelConfig, PredictionType
 from sdx.models.attention import dot_product_attention
@@ -71,10 +73,8 @@ def sd2(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 def make_reference(kind: str, folder: Path) -> Reference:
     with warnings.catch_warnings(action="ignore"):  # the libraries' own, at import and on saving
-        import diffusers
-        import torch
-        import transformers
-
+        diffusers: Any = import_module("diffusers")  # its stubs hide the classes it exports
+        transformers: Any = import_module("transformers")
         torch.manual_seed(0)
         unet = diffusers.UNet2DConditionModel(
             sample_size=8,

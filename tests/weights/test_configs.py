@@ -1,0 +1,130 @@
+"""Configs beside weights: read as the libraries read them, and compared with a run's."""
+
+import inspect
+import json
+import shutil
+import warnings
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdx.config.schema import DownBlock, HiddenAct, PredictionType
+from sdx.weights.configs import (
+    ABSENT,
+    ONLY,
+    check_folder,
+    read_text_encoder_config,
+    read_unet_config,
+    read_vae_config,
+)
+from sdx.weights.errors import WeightsError
+
+
+@pytest.fixture
+def folder(sd2: Any, tmp_path: Path) -> Path:
+    """A copy to change."""
+    return Path(shutil.copytree(sd2.folder, tmp_path / "model"))
+
+
+def edit(path: Path, *absent: str, **changes: Any) -> None:
+    found = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: found[key] for key in found if key not in absent}))
+
+
+def test_what_torch_wrote_is_read(reference: Any) -> None:
+    unet = read_unet_config(reference.folder)
+    assert unet.down_block_types == [DownBlock.CrossAttnDownBlock2D, DownBlock.DownBlock2D]
+    assert unet.attention_head_dim == ([2, 2] if reference.kind == "sd1" else [2, 4])
+    assert unet.use_linear_projection == (reference.kind == "sd2")
+    assert unet.upcast_attention == (reference.kind == "sd2")
+    assert read_vae_config(reference.folder).scaling_factor == 0.18215
+    act = HiddenAct.quick_gelu if reference.kind == "sd1" else HiddenAct.gelu
+    assert read_text_encoder_config(reference.folder).hidden_act is act
+
+
+def test_absent_keys_mean_what_the_libraries_mean() -> None:
+    with warnings.catch_warnings(action="ignore"):
+        diffusers: Any = import_module("diffusers")
+        transformers: Any = import_module("transformers")
+        classes = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+        defaults = {
+            part: {
+                name: parameter.default
+                for name, parameter in inspect.signature(kind.__init__).parameters.items()
+            }
+            for part, kind in classes.items()
+        }
+        defaults["text_encoder"] = transformers.CLIPTextConfig().to_dict()
+    for part, keys in ABSENT.items():
+        for key, value in keys.items():
+            if (part, key) == ("unet", "sample_size"):  # None there: it is only a recommendation
+                continue
+            theirs = defaults[part][key]
+            assert value == (list(theirs) if isinstance(theirs, tuple) else theirs), key
+    for part, keys in ONLY.items():
+        for key, allowed in keys.items():
+            assert defaults[part][key] in allowed, key
+
+
+def test_a_vae_without_its_scaling_factor(folder: Path) -> None:
+    edit(folder / "vae/config.json", "scaling_factor")
+    assert read_vae_config(folder).scaling_factor == 0.18215
+
+
+def test_another_network_is_refused(folder: Path) -> None:
+    edit(folder / "unet/config.json", class_embed_type="timestep", time_cond_proj_dim=8)
+    with pytest.raises(WeightsError) as error:
+        read_unet_config(folder)
+    assert error.value.faults == [
+        "class_embed_type=timestep: sdx computes only None",
+        "time_cond_proj_dim=8: sdx computes only None",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "match"),
+    [
+        ("unet", {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "AttnDownBlock2D"),
+        ("unet", {"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "does not mirror"),
+        ("text_encoder", {"hidden_act": "relu"}, "hidden_act=relu"),
+    ],
+)
+def test_unknown_parts(folder: Path, file: str, changes: dict[str, Any], match: str) -> None:
+    edit(folder / file / "config.json", **changes)
+    read = read_unet_config if file == "unet" else read_text_encoder_config
+    with pytest.raises(WeightsError, match=match):
+        read(folder)
+
+
+def test_a_folder_that_fits(sd2: Any) -> None:
+    check_folder(sd2.folder, sd2.model, reads_unet=True)
+
+
+def test_every_difference_is_told(sd2: Any) -> None:
+    model = sd2.model
+    model = replace(
+        model,
+        prediction_type=PredictionType.epsilon,
+        unet=replace(model.unet, attention_head_dim=[4, 4], sample_size=99),
+        vae=replace(model.vae, scaling_factor=1.0),
+        text_encoder=replace(model.text_encoder, hidden_act=HiddenAct.quick_gelu),
+    )
+    with pytest.raises(WeightsError) as error:
+        check_folder(sd2.folder, model, reads_unet=True)
+    assert sorted(error.value.faults) == [
+        "model.prediction_type is epsilon, in scheduler/scheduler_config.json v_prediction",
+        "model.text_encoder.hidden_act is quick_gelu, in text_encoder/config.json gelu",
+        "model.unet.attention_head_dim is [4, 4], in unet/config.json [2, 4]",
+        "model.vae.scaling_factor is 1.0, in vae/config.json 0.18215",
+    ]
+
+
+def test_random_start_needs_no_unet(folder: Path, sd2: Any) -> None:
+    shutil.rmtree(folder / "unet")
+    shutil.rmtree(folder / "scheduler")
+    check_folder(folder, sd2.model, reads_unet=False)
+    with pytest.raises(WeightsError, match="unet"):
+        check_folder(folder, sd2.model, reads_unet=True)

@@ -1,0 +1,182 @@
+"""Folders that load, folders that must not, and what is said about them."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sdx.models.module import flat
+from sdx.weights.errors import WeightsError
+from sdx.weights.load import (
+    load_text_encoder,
+    load_unet,
+    load_vae,
+    read_json,
+    read_scheduler_config,
+    resolve_folder,
+)
+
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+OLD_VAE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+@pytest.fixture
+def folder(sd2: Any, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(sd2.folder, tmp_path / "model"))
+
+
+def rewrite(path: Path, change: Any) -> None:
+    tensors = load_file(path)
+    save_file(change(tensors), path)
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    for path, value in flat(one).items():
+        np.testing.assert_array_equal(value, flat(other)[path], err_msg="/".join(path))
+
+
+def test_both_dialects_load_alike(sd2: Any, folder: Path) -> None:
+    def old_vae(tensors: dict[str, Any]) -> dict[str, Any]:
+        pattern = re.compile(r"(mid_block\.attentions\.0)\.(to_q|to_k|to_v|to_out\.0)\.")
+        return {
+            pattern.sub(lambda m: f"{m[1]}.{OLD_VAE[m[2]]}.", name): tensor
+            for name, tensor in tensors.items()
+        }
+
+    def old_text(tensors: dict[str, Any]) -> dict[str, Any]:
+        tensors = {
+            f"text_model.{name.removeprefix('text_model.')}": t for name, t in tensors.items()
+        }
+        return tensors | {"text_model.embeddings.position_ids": np.arange(77)[None]}
+
+    rewrite(folder / "vae/diffusion_pytorch_model.safetensors", old_vae)
+    rewrite(folder / "text_encoder/model.safetensors", old_text)
+    vae, text = sd2.networks.vae.abstract(), sd2.networks.text_encoder.abstract()
+    assert_equal(load_vae(folder, vae), load_vae(sd2.folder, vae))
+    assert_equal(load_text_encoder(folder, text), load_text_encoder(sd2.folder, text))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_half_precision_files_are_cast(sd2: Any, folder: Path, dtype: Any) -> None:
+    abstract = sd2.networks.unet.abstract()
+    half = folder / "unet/diffusion_pytorch_model.fp16.safetensors"
+    (folder / UNET_FILE).rename(half)
+    rewrite(half, lambda tensors: {name: t.astype(dtype) for name, t in tensors.items()})
+    loaded, exact = load_unet(folder, abstract), load_unet(sd2.folder, abstract)
+    for path, value in flat(loaded).items():
+        assert value.dtype == jnp.float32
+        np.testing.assert_allclose(value, flat(exact)[path], rtol=1e-2, atol=1e-6)
+
+
+def test_arrays_land_where_they_are_wanted(sd2: Any) -> None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[3])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=sharding),
+        sd2.networks.vae.abstract(),
+    )
+    for value in flat(load_vae(sd2.folder, abstract)).values():
+        assert (value.dtype, value.sharding) == (jnp.bfloat16, sharding)
+
+
+def test_all_faults_are_told_at_once(sd2: Any, folder: Path) -> None:
+    def change(tensors: dict[str, Any]) -> dict[str, Any]:
+        del tensors["conv_out.bias"]
+        tensors["class_embedding.weight"] = np.zeros((3, 3), np.float32)
+        tensors["conv_in.weight"] = np.zeros((16, 9, 3, 3), np.float32)
+        return tensors
+
+    rewrite(folder / UNET_FILE, change)
+    with pytest.raises(WeightsError) as error:
+        load_unet(folder, sd2.networks.unet.abstract())
+    assert error.value.faults == [
+        "conv_out.bias is missing in the file",
+        "class_embedding.weight is in the file, but not in the model",
+        "conv_in.kernel is (3, 3, 9, 16) in the file, (3, 3, 4, 16) in the model",
+    ]
+    assert "9 input channels mean an inpainting checkpoint" in str(error.value)
+    assert UNET_FILE in str(error.value)
+
+
+def test_a_long_list_of_faults_is_cut(sd2: Any, folder: Path) -> None:
+    rewrite(folder / UNET_FILE, lambda tensors: {f"lora.{n}": t for n, t in tensors.items()})
+    with pytest.raises(WeightsError, match="LoRA adapter") as error:
+        load_unet(folder, sd2.networks.unet.abstract())
+    count = 2 * len(flat(sd2.networks.unet.abstract()))
+    assert len(error.value.faults) == count
+    assert f"and {count - 12} more" in str(error.value)
+    assert len(str(error.value).splitlines()) < 18
+
+
+def test_a_1x_file_in_a_2x_model(tmp_path: Path, sd2: Any, folder: Path) -> None:
+    def one_by_one(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: t[..., None, None] if re.search(r"proj_(in|out)\.weight", name) else t
+            for name, t in tensors.items()
+        }
+
+    rewrite(folder / UNET_FILE, one_by_one)
+    with pytest.raises(WeightsError, match="use_linear_projection=false"):
+        load_unet(folder, sd2.networks.unet.abstract())
+
+
+def test_a_file_cut_short(sd2: Any, folder: Path) -> None:
+    path = folder / UNET_FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match="damaged or cut short"):
+        load_unet(folder, sd2.networks.unet.abstract())
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("diffusion_pytorch_model.bin", "pickles are never opened"),
+        ("diffusion_pytorch_model.safetensors.index.json", "several files are not read"),
+        ("README.md", "found no weights there"),
+    ],
+)
+def test_other_files_than_the_one(sd2: Any, folder: Path, name: str, reason: str) -> None:
+    (folder / UNET_FILE).rename(folder / "unet" / name)
+    with pytest.raises(WeightsError, match=reason):
+        load_unet(folder, sd2.networks.unet.abstract())
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", None])
+def test_unreadable_json(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(WeightsError, match=re.escape(str(path))):
+        read_json(path)
+
+
+def test_scheduler_config(sd2: Any) -> None:
+    assert read_scheduler_config(sd2.folder)["prediction_type"] == "v_prediction"
+
+
+def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def download(source: str, allow_patterns: list[str]) -> str:
+        asked[source] = allow_patterns
+        if source == "nobody/nothing":
+            raise OSError("404 Not Found\nlong story")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert resolve_folder(str(tmp_path)) == tmp_path
+    assert resolve_folder("tiny").parts[-3:] == ("sdx", "assets", "tiny")
+    assert resolve_folder("owner/model") == tmp_path
+    assert UNET_FILE in asked["owner/model"]
+    assert not any(pattern.endswith((".bin", ".ckpt")) for pattern in asked["owner/model"])
+    with pytest.raises(WeightsError, match="404 Not Found") as error:
+        resolve_folder("nobody/nothing")
+    assert "long story" not in str(error.value)
+    with pytest.raises(WeightsError, match="no such folder"):
+        resolve_folder("/nowhere/at/all")
