@@ -50,22 +50,27 @@ def timesteps(
     return visited.astype(np.int32)
 
 
+def previous_timesteps(
+    visited: Int[np.ndarray, " steps"], num_timesteps: int
+) -> Int[np.ndarray, " steps"]:
+    """The timestep each update ends at; 0 behind the last one, whose a_t Stable Diffusion takes."""
+    return np.maximum(visited - num_timesteps // len(visited), 0).astype(np.int32)
+
+
 def update(
     prediction_type: PredictionType,
     schedule: NoiseSchedule,
     prediction: Float[Array, "b h w c"],
     noisy: Float[Array, "b h w c"],
     timestep: Int[Array, ""],
-    num_steps: int,
+    previous: Int[Array, ""],
 ) -> Float[Array, "b h w c"]:
-    """Latents one sampler step cleaner than `noisy`, which are at `timestep`; `num_steps` are taken
-    in all.
+    """Latents at the timestep `previous` from `noisy` ones at `timestep`.
 
-    x_prev = sqrt(a_prev) * x0 + sqrt(1 - a_prev) * noise, with a_prev = a_0 behind the last step.
+    x_previous = sqrt(a_previous) * x0 + sqrt(1 - a_previous) * noise
     """
-    batch_timesteps = jnp.broadcast_to(timestep, noisy.shape[:1])
+    size = noisy.shape[:1]
     latents, noise = latents_and_noise(
-        prediction_type, schedule, prediction, noisy, batch_timesteps
+        prediction_type, schedule, prediction, noisy, jnp.broadcast_to(timestep, size)
     )
-    previous = jnp.maximum(batch_timesteps - schedule.num_timesteps // num_steps, 0)
-    return schedule.add_noise(latents, noise, previous)
+    return schedule.add_noise(latents, noise, jnp.broadcast_to(previous, size))

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+SMALLEST = 1e-12  # a prediction without any deviation must not divide by zero
+
 Predict = Callable[
     [Float[Array, "b h w c"], Int[Array, " b"], Float[Array, "b s d"]], Float[Array, "b h w c"]
 ]
@@ -16,12 +18,17 @@ Predict = Callable[
 
 
 def guided(
-    predict: Predict, negative_context: Float[Array, "b s d"], scale: Float[Array, ""]
+    predict: Predict,
+    negative_context: Float[Array, "b s d"],
+    scale: Float[Array, ""],
+    rescale: Float[Array, ""],
 ) -> Predict:
-    """`predict`, pushed away from what it says for `negative_context`; one call on the doubled
-    batch.
+    """`predict`, pushed away from what it says for `negative_context`; one call of twice the batch.
 
     guided = negative + scale * (positive - negative)
+
+    `rescale` 0 to 1 brings the result's deviation back towards that of `positive` (Lin et al. 2023,
+    arXiv 2305.08891, equations 15 and 16).
     """
 
     def predict_guided(
@@ -35,6 +42,12 @@ def guided(
             jnp.concatenate([negative_context, context]),
         )
         negative, positive = jnp.split(both, 2)
-        return negative + scale * (positive - negative)
+        pushed = negative + scale * (positive - negative)
+        shrunk = pushed * (_deviation(positive) / jnp.maximum(_deviation(pushed), SMALLEST))
+        return rescale * shrunk + (1 - rescale) * pushed
 
     return predict_guided
+
+
+def _deviation(x: Float[Array, "b h w c"]) -> Float[Array, "b 1 1 1"]:
+    return jnp.std(x, axis=(1, 2, 3), keepdims=True)

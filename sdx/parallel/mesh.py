@@ -48,6 +48,11 @@ def make_mesh(
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def one_device_mesh() -> Mesh:
+    """A mesh of the first device JAX has; for pictures outside of training."""
+    return Mesh([[jax.devices()[:1]]], AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def axis_sizes(axes: MeshAxes, num_devices: int, hardware_name: str) -> tuple[int, int, int]:
     """Sizes of data, fsdp and tensor for `num_devices`, with the axis given as -1 filled in."""
     sizes = {name: getattr(axes, name) for name in AXES}

@@ -131,7 +131,7 @@ def build(config: Config, mesh: Mesh, *, max_steps: int) -> Program:
     Raises BatchError where the batch does not split over the mesh's devices and the micro-steps.
     """
     batch_size = resolve.global_batch_size(config, mesh.size)
-    _check_batch(config, mesh, batch_size)
+    check_batch(config, mesh, batch_size)
     networks = make_networks(
         config.model,
         attention=select_attention(config.attention.kind, config.hardware.platform),
@@ -229,7 +229,8 @@ def _placed(abstract: Any, shardings: Any) -> Any:
     )
 
 
-def _check_batch(config: Config, mesh: Mesh, batch_size: int) -> None:
+def check_batch(config: Config, mesh: Mesh, batch_size: int) -> None:
+    """Raises BatchError where the batch does not split over the devices and micro-steps."""
     shares = sharding.batch_divisor(mesh) * config.train.gradient_accumulation
     if batch_size % shares:
         below = batch_size // shares * shares

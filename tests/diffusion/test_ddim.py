@@ -31,9 +31,10 @@ def test_trajectory_is_diffusers(
     np.testing.assert_array_equal(visited, theirs.timesteps.numpy())
     draws = np.random.default_rng(0).normal(size=(num_steps + 1, 1, 4, 4, 4)).astype(np.float32)
     ours, reference = jnp.asarray(draws[0]), torch.tensor(draws[0])
-    for timestep, prediction in zip(visited, draws[1:], strict=True):
+    ends = ddim.previous_timesteps(visited, 1000)
+    for timestep, end, prediction in zip(visited, ends, draws[1:], strict=True):
         ours = ddim.update(
-            kind, SCHEDULE, jnp.asarray(prediction), ours, jnp.int32(timestep), num_steps
+            kind, SCHEDULE, jnp.asarray(prediction), ours, jnp.int32(timestep), jnp.int32(end)
         )
         reference = theirs.step(
             torch.tensor(prediction), int(timestep), reference, eta=0.0
@@ -59,11 +60,13 @@ def test_a_known_gaussian_is_recovered() -> None:
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 32, 32, 4)), jnp.float32)
     start = x
     visited = ddim.timesteps(TimestepSpacing.trailing, 1000, 1000)
-    for timestep in visited:
+    for timestep, end in zip(visited, ddim.previous_timesteps(visited, 1000), strict=True):
         a = float(SCHEDULE.alphas_cumprod[timestep])
         variance = a * deviation**2 + 1 - a
         noise = (x - a**0.5 * mean) * (1 - a) ** 0.5 / variance
-        x = ddim.update(PredictionType.epsilon, SCHEDULE, noise, x, jnp.int32(timestep), 1000)
+        x = ddim.update(
+            PredictionType.epsilon, SCHEDULE, noise, x, jnp.int32(timestep), jnp.int32(end)
+        )
     np.testing.assert_allclose(x, mean + deviation * start, atol=0.1)
 
 
@@ -76,5 +79,22 @@ def test_guidance_moves_away_from_the_negative() -> None:
     latents, timesteps = jnp.ones((2, 2, 2, 1)), jnp.array([1, 2])
     positive = jnp.array([3.0, 5.0]).reshape(2, 1, 1)
     negative = jnp.ones((2, 1, 1))
-    out = guided(predict, negative, jnp.float32(7.5))(latents, timesteps, positive)
+    out = guided(predict, negative, jnp.float32(7.5), jnp.float32(0))(latents, timesteps, positive)
     np.testing.assert_allclose(out[:, 0, 0, 0], [2 + 1 + 7.5 * 2, 3 + 1 + 7.5 * 4])
+
+
+def test_rescaled_guidance_has_the_deviation_of_the_positive_prediction() -> None:
+    def predict(latents: jnp.ndarray, timesteps: jnp.ndarray, context: jnp.ndarray) -> jnp.ndarray:
+        return latents * context[:, :1, :1, None]
+
+    latents, timesteps = jnp.arange(8.0).reshape(1, 2, 2, 2), jnp.array([1])
+    negative, positive = jnp.ones((1, 1, 1)), jnp.full((1, 1, 1), 2.0)
+
+    def deviation(rescale: float) -> float:
+        predict_guided = guided(predict, negative, jnp.float32(7.5), jnp.float32(rescale))
+        return float(predict_guided(latents, timesteps, positive).std())
+
+    wanted, pushed = float((2 * latents).std()), float((8.5 * latents).std())
+    assert deviation(0) == pytest.approx(pushed, rel=1e-6)
+    assert deviation(1) == pytest.approx(wanted, rel=1e-6)
+    assert deviation(0.5) == pytest.approx((wanted + pushed) / 2, rel=1e-6)

@@ -1,0 +1,348 @@
+"""`sdx.load` and `Pipeline`: a model as a handful of functions, for notebooks and every command.
+
+Arrays are NHWC and float32; images lie in [-1, 1].
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Int32
+
+from sdx.config import resolve
+from sdx.config.compose import from_saved
+from sdx.config.schema import (
+    AttentionKind,
+    BetaSchedule,
+    DiffusionConfig,
+    Init,
+    ModelConfig,
+    Platform,
+    PredictionType,
+    SamplerKind,
+    TimestepSpacing,
+)
+from sdx.data.tokenizer import Tokenizer, load_tokenizer
+from sdx.diffusion.schedule import make_schedule
+from sdx.models.attention import select_attention
+from sdx.models.networks import Networks, make_networks
+from sdx.parallel import sharding
+from sdx.parallel.mesh import one_device_mesh
+from sdx.record.paths import RunPaths
+from sdx.sampling.denoise import DenoiseRule, denoise, initial_latents
+from sdx.training.checkpoint import restore_params
+from sdx.weights.configs import read_text_encoder_config, read_unet_config, read_vae_config
+from sdx.weights.errors import WeightsError
+from sdx.weights.load import (
+    load_text_encoder,
+    load_unet,
+    load_vae,
+    read_scheduler_config,
+    resolve_folder,
+)
+
+BATCH_SIZE = 8  # prompts drawn at once, so that any number of them compiles one program
+# Keys of scheduler_config.json: numbers and names that are read, values that are built in.
+SCHEDULER_NUMBERS = ("num_train_timesteps", "beta_start", "beta_end")
+SCHEDULER_ENUMS: dict[str, type[Enum]] = {
+    "beta_schedule": BetaSchedule,
+    "timestep_spacing": TimestepSpacing,
+    "prediction_type": PredictionType,
+}
+SCHEDULER_ONLY = {
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "clip_sample": False,
+    "thresholding": False,
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+}
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Functions:
+    """The compiled functions of one architecture; shared by all weights it is given."""
+
+    encode_text: Callable[..., Array]
+    encode_images: Callable[..., Array]
+    decode_latents: Callable[..., Array]
+    predict: Callable[..., Array]
+    rule: DenoiseRule
+
+
+@dataclass(frozen=True, eq=False)
+class Pipeline:
+    """UNet, autoencoder, text encoder and tokenizer, ready to draw. Made by `sdx.load`."""
+
+    params: Params
+    """`unet`, `vae` and `text_encoder`."""
+    functions: Functions
+    tokenizer: Tokenizer
+    mesh: Mesh
+    scaling_factor: float
+    latent_shape: tuple[int, int, int]
+    """Height, width and channels of what is drawn."""
+    batch_size: int = BATCH_SIZE
+
+    def with_unet(self, unet: Params) -> "Pipeline":
+        """This pipeline with other UNet weights; nothing is compiled again."""
+        return replace(self, params=self.params | {"unet": unet})
+
+    def tokenize(self, texts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
+        """Token ids, padded or cut to the text encoder's length."""
+        return self.tokenizer.encode(texts)
+
+    def encode_text(self, tokens: Int[Array | np.ndarray, "b s"]) -> Float[Array, "b s d"]:
+        """Text states (`context`), after the final LayerNorm."""
+        return self.functions.encode_text(self.params["text_encoder"], self._place(tokens))
+
+    def encode_images(
+        self, images: Float[Array | np.ndarray, "b H W c"]
+    ) -> Float[Array, "b h w m"]:
+        """Moments of the latents: mean and log-variance, not scaled."""
+        return self.functions.encode_images(self.params["vae"], self._place(images))
+
+    def decode_latents(
+        self, latents: Float[Array | np.ndarray, "b h w c"]
+    ) -> Float[Array, "b H W o"]:
+        """Images; `latents` are not divided by the scaling factor here."""
+        return self.functions.decode_latents(self.params["vae"], self._place(latents))
+
+    def predict(
+        self,
+        latents: Float[Array | np.ndarray, "b h w c"],
+        timesteps: Int[Array | np.ndarray, " b"],
+        context: Float[Array | np.ndarray, "b s d"],
+    ) -> Float[Array, "b h w c"]:
+        """The UNet's raw output for noisy latents."""
+        inputs = (self._place(x) for x in (latents, timesteps, context))
+        return self.functions.predict(self.params["unet"], *inputs)
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        negative_prompts: Sequence[str] | None = None,
+        num_steps: int = 50,
+        guidance_scale: float = 7.5,
+        guidance_rescale: float = 0.0,
+        sampler: str | None = None,
+        latents: Float[np.ndarray, "b h w c"] | None = None,
+        seed: int = 0,
+        output: Literal["images", "latents"] = "images",
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Float[np.ndarray, "b H W c"]:
+        """One picture for each prompt, or its latents (divided by the scaling factor).
+
+        `negative_prompts` is one for all, or one for each; default empty. Picture i of a seed is
+        the same whatever the other prompts. `latents` replaces the noise that `seed` gives. Raises
+        SamplerError for impossible steps, SamplingStopped soon after `should_stop` says so.
+        """
+        if sampler is not None and sampler not in SamplerKind.__members__:
+            raise ValueError(f"sampler={sampler}: use {' or '.join(SamplerKind.__members__)}.")
+        if not prompts:
+            raise ValueError("prompts: none given; give at least one (it may be empty).")
+        negatives = _one_for_each(negative_prompts or [""], len(prompts))
+        if latents is None:
+            latents = initial_latents(seed, (len(prompts), *self.latent_shape))
+        draw = partial(
+            denoise,
+            self.functions.rule,
+            self.params["unet"],
+            num_steps=num_steps,
+            guidance_scale=float(guidance_scale),
+            guidance_rescale=float(guidance_rescale),
+            should_stop=should_stop,
+        )
+        size = min(self.batch_size, len(prompts))
+        drawn = []
+        for start in range(0, len(prompts), size):
+            rows = np.minimum(np.arange(start, start + size), len(prompts) - 1)  # the last repeats
+            context, negative_context = (
+                self.encode_text(self.tokenize([texts[row] for row in rows]))
+                for texts in (prompts, negatives)
+            )
+            clean = draw(self._place(latents[rows]), context, negative_context)
+            clean = np.asarray(jax.device_get(clean)) / self.scaling_factor
+            drawn.append(clean if output == "latents" else np.asarray(self.decode_latents(clean)))
+        return np.concatenate(drawn)[: len(prompts)].astype(np.float32)
+
+    def _place(self, x: Array | np.ndarray) -> Array:
+        """On the mesh, split over its devices where the number of rows allows."""
+        divides = len(x) % sharding.batch_divisor(self.mesh) == 0
+        place = sharding.batch_sharding(self.mesh) if divides else sharding.replicated(self.mesh)
+        return jax.device_put(x, place)
+
+
+def load(source: str | Path, *, dtype: str = "float32") -> Pipeline:
+    """The model in a diffusers-layout folder, a Hub id or an sdx run folder.
+
+    A run folder gives its newest checkpoint, averaged weights where it keeps them. `dtype` is what
+    is computed in: float32 or bfloat16. Raises WeightsError or NoValidCheckpoint with the reason.
+    """
+    run = Path(source).expanduser()
+    if (run / "config.yaml").is_file():
+        return _load_run(run, dtype)
+    folder = resolve_folder(str(source))
+    diffusion = _read_diffusion(folder, read_scheduler_config(folder))
+    model = _read_model(folder, diffusion.prediction_type or PredictionType.epsilon)
+    networks = _networks(model, dtype)
+    mesh = one_device_mesh()
+    unet = load_unet(folder, _abstract(networks, mesh)["unet"])
+    return _assemble(folder, networks, unet, mesh, model, diffusion, model.resolution)
+
+
+def make_pipeline(
+    networks: Networks,
+    params: Params,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    *,
+    model: ModelConfig,
+    diffusion: DiffusionConfig,
+    resolution: int,
+    batch_size: int = BATCH_SIZE,
+) -> Pipeline:
+    """A pipeline of parts that are there already, as in training; `resolution` in pixels."""
+    functions = _compile(networks, mesh, model, diffusion)
+    side = resolution // 2 ** (len(model.vae.block_out_channels) - 1)
+    return Pipeline(
+        params=params,
+        functions=functions,
+        tokenizer=tokenizer,
+        mesh=mesh,
+        scaling_factor=model.vae.scaling_factor,
+        latent_shape=(side, side, model.vae.latent_channels),
+        batch_size=batch_size,
+    )
+
+
+def _load_run(run: Path, dtype: str) -> Pipeline:
+    config = from_saved(run)
+    networks = _networks(config.model, dtype)
+    mesh = one_device_mesh()
+    which = "ema" if config.train.ema else "params"
+    _, restored = restore_params(RunPaths(run).checkpoints, which, say=print)
+    abstract = _abstract(networks, mesh)["unet"]
+    unet = jax.tree.map(
+        lambda x, like: jax.device_put(x, like.sharding), restored["unet"], abstract
+    )
+    diffusion = replace(config.diffusion, prediction_type=resolve.prediction_type(config))
+    folder = resolve_folder(config.model.pretrained)
+    side = resolve.resolution(config)
+    return _assemble(folder, networks, unet, mesh, config.model, diffusion, side)
+
+
+def _assemble(
+    folder: Path,
+    networks: Networks,
+    unet: Params,
+    mesh: Mesh,
+    model: ModelConfig,
+    diffusion: DiffusionConfig,
+    resolution: int,
+) -> Pipeline:
+    abstract = _abstract(networks, mesh)
+    params = {
+        "unet": unet,
+        "vae": load_vae(folder, abstract["vae"]),
+        "text_encoder": load_text_encoder(folder, abstract["text_encoder"]),
+    }
+    length = model.text_encoder.max_position_embeddings
+    tokenizer = load_tokenizer(folder / "tokenizer", max_length=length)
+    return make_pipeline(
+        networks, params, tokenizer, mesh, model=model, diffusion=diffusion, resolution=resolution
+    )
+
+
+def _networks(model: ModelConfig, dtype: str) -> Networks:
+    platform = Platform[jax.devices()[0].platform]
+    return make_networks(
+        model, attention=select_attention(AttentionKind.auto, platform), dtype=dtype
+    )
+
+
+def _abstract(networks: Networks, mesh: Mesh) -> Params:
+    """Shapes of all parameters, and that they lie whole on the mesh's one device."""
+    shapes = {
+        "unet": networks.unet.abstract(),
+        "vae": networks.vae.abstract(),
+        "text_encoder": networks.text_encoder.abstract(),
+    }
+    place = sharding.replicated(mesh)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
+    )
+
+
+def _compile(
+    networks: Networks, mesh: Mesh, model: ModelConfig, diffusion: DiffusionConfig
+) -> Functions:
+    def whole(function: Callable[..., Array]) -> Callable[..., Array]:
+        """Jitted, with a float32 result that every host has."""
+        return jax.jit(
+            lambda *args: function(*args).astype(jnp.float32),
+            out_shardings=sharding.replicated(mesh),
+        )
+
+    return Functions(
+        encode_text=whole(networks.text_encoder.apply),
+        encode_images=whole(partial(networks.vae.apply, method="encode")),
+        decode_latents=whole(partial(networks.vae.apply, method="decode")),
+        predict=whole(networks.unet.apply),
+        rule=DenoiseRule(
+            predict=networks.unet.apply,
+            schedule=make_schedule(diffusion),
+            prediction_type=diffusion.prediction_type or model.prediction_type,
+            spacing=diffusion.timestep_spacing,
+        ),
+    )
+
+
+def _read_model(folder: Path, prediction_type: PredictionType) -> ModelConfig:
+    unet, vae = read_unet_config(folder), read_vae_config(folder)
+    return ModelConfig(
+        name=folder.name,
+        pretrained=str(folder),
+        init=Init.pretrained,
+        resolution=unet.sample_size * 2 ** (len(vae.block_out_channels) - 1),
+        prediction_type=prediction_type,
+        unet=unet,
+        vae=vae,
+        text_encoder=read_text_encoder_config(folder),
+    )
+
+
+def _read_diffusion(folder: Path, scheduler: dict[str, Any]) -> DiffusionConfig:
+    """The noise schedule of a scheduler_config.json; Stable Diffusion's for keys it lacks."""
+    faults = [
+        f"{key}={scheduler[key]}: sdx computes only {allowed}"
+        for key, allowed in SCHEDULER_ONLY.items()
+        if scheduler.get(key, allowed) != allowed
+    ]
+    for key, kind in SCHEDULER_ENUMS.items():
+        if key in scheduler and scheduler[key] not in kind.__members__:
+            faults.append(f"{key}={scheduler[key]}: sdx knows {', '.join(kind.__members__)}")
+    if faults:
+        path = folder / "scheduler" / "scheduler_config.json"
+        raise WeightsError(f"{path}: {len(faults)} keys ask for another sampler:", faults)
+    found = {key: scheduler[key] for key in SCHEDULER_NUMBERS if key in scheduler}
+    found |= {
+        key: kind[scheduler[key]] for key, kind in SCHEDULER_ENUMS.items() if key in scheduler
+    }
+    return DiffusionConfig(**found)
+
+
+def _one_for_each(texts: Sequence[str], count: int) -> Sequence[str]:
+    if len(texts) not in (1, count):
+        raise ValueError(f"negative_prompts: {len(texts)} for {count} prompts; give 1 or {count}.")
+    return texts if len(texts) == count else [texts[0]] * count

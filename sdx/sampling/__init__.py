@@ -1,0 +1,1 @@
+"""Drawing pictures: the guided denoising loop."""

@@ -1,0 +1,44 @@
+"""TensorBoard's event files, written with TensorBoard's own writer; neither TensorFlow nor torch is
+needed."""
+
+import io
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+
+class TensorBoardSink:
+    """Scalars and pictures; a resumed run hides what an earlier attempt wrote from `first_step`
+    on."""
+
+    def __init__(self, folder: Path, first_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventFileWriter(str(folder))
+        self._add(first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._add(step, summary=Summary(value=scalars))
+
+    def picture(self, step: int, tag: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
+        png = io.BytesIO()
+        Image.fromarray(image).save(png, format="PNG")
+        height, width, channels = image.shape
+        encoded = Summary.Image(
+            height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue()
+        )
+        self._add(step, summary=Summary(value=[Summary.Value(tag=tag, image=encoded)]))
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _add(self, step: int, **content: SessionLog | Summary) -> None:
+        self._writer.add_event(Event(wall_time=time.time(), step=step, **content))
+        self._writer.flush()

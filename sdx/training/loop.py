@@ -1,0 +1,138 @@
+"""The loop: data, encode, step, and what happens every N steps. Everything it touches is handed in.
+
+Order after a step: metrics of the step before, pictures, checkpoint. Metrics of a step are written
+before it is saved, so that a run that continues from a checkpoint has every row up to it. A state
+is fit to be saved whatever its newest step was: a step that was not finite left weights, moments
+and average untouched, and the counters say it happened; refusing to save in such a stretch would
+only lose the good steps before it.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jax.experimental import multihost_utils
+
+from sdx.config.schema import CheckpointConfig
+from sdx.data.loader import HostBatch
+from sdx.training.metrics import Reporter, TooManyBadSteps
+from sdx.training.program import Metrics, Program
+from sdx.training.state import Params, TrainState, sampling_params
+
+Draw = Callable[[int, Params], None]
+"""(step, weights) to pictures on disk; does nothing where they already are."""
+
+
+@runtime_checkable
+class Saver(Protocol):
+    """What the loop needs of a Checkpointer."""
+
+    def save(self, step: int, state: TrainState) -> None: ...
+
+    def wait(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """When the loop ends and what it does every N steps: null is never, 0 only at the end."""
+
+    max_steps: int
+    pictures_every: int | None
+    checkpoint: CheckpointConfig
+
+    def due(self, step: int, every: int | None) -> bool:
+        """Whether an act that happens `every` so many steps happens after `step`."""
+        if every is None or step == 0:
+            return False
+        return step == self.max_steps or (every > 0 and step % every == 0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The state a run ended with, and whether that was before its last step."""
+
+    state: TrainState
+    step: int
+    is_interrupted: bool
+
+
+def train(
+    program: Program,
+    state: TrainState,
+    frozen: Params,
+    batches: Iterator[HostBatch],
+    cadence: Cadence,
+    *,
+    checkpointer: Saver,
+    reporter: Reporter,
+    should_stop: Callable[[int], bool],
+    draw: Draw,
+) -> Outcome:
+    """Steps from `state` to `cadence.max_steps`, or until `should_stop(step)` says so; then saves.
+
+    `batches` starts at the state's step. Raises TooManyBadSteps, with the last checkpoint in place.
+    """
+    step = int(state.step)
+    saving = _Saving(cadence, checkpointer, step)
+    unread: tuple[int, Metrics] | None = None
+    if cadence.due(step, cadence.pictures_every):  # an attempt that ended while drawing
+        draw(step, sampling_params(state))
+    try:
+        while step < cadence.max_steps and not should_stop(step):
+            with reporter.meter.waiting():
+                host = next(batches)
+            batch = program.place_batch(host.images, host.tokens, host.weights)
+            moments, context = program.encode(frozen, batch.images, batch.tokens)
+            state, metrics = program.step(state, moments, context, batch.weights)
+            step += 1
+            if unread:
+                reporter.report(*unread)
+            unread = (step, metrics)
+            pictures, checkpoint = cadence.due(step, cadence.pictures_every), saving.due(step)
+            if pictures or checkpoint:
+                reporter.report(*unread)
+                unread = None
+            with reporter.meter.apart():
+                if pictures:
+                    draw(step, sampling_params(state))
+                if checkpoint:
+                    saving.save(step, state)
+        if unread:
+            reporter.report(*unread)
+    except TooManyBadSteps:
+        checkpointer.wait()
+        raise
+    saving.save_last(step, state)
+    return Outcome(state, step, is_interrupted=step < cadence.max_steps or should_stop(step))
+
+
+class _Saving:
+    """When to save: every N steps, and every so many minutes on all hosts alike."""
+
+    def __init__(self, cadence: Cadence, checkpointer: Saver, step: int):
+        self._cadence = cadence
+        self._checkpointer = checkpointer
+        self._saved_step = step
+        self._saved_at = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        config = self._cadence.checkpoint
+        if self._cadence.due(step, config.every):
+            return True
+        if config.every_minutes is None:
+            return False
+        is_late = time.monotonic() - self._saved_at >= 60 * config.every_minutes
+        return bool(multihost_utils.broadcast_one_to_all(is_late))
+
+    def save(self, step: int, state: TrainState) -> None:
+        self._checkpointer.save(step, state)
+        self._saved_step, self._saved_at = step, time.monotonic()
+
+    def save_last(self, step: int, state: TrainState) -> None:
+        """Before leaving, unless checkpoints are off or this step is saved."""
+        config = self._cadence.checkpoint
+        is_on = config.every is not None or config.every_minutes is not None
+        if is_on and step > self._saved_step:
+            self.save(step, state)
+        self._checkpointer.wait()

@@ -1,0 +1,276 @@
+"""What is measured while training, and where it goes: meters, sinks, and the line on the terminal.
+
+Metrics of a step are read after the next one is dispatched, so reading them never makes a device
+wait. A row holds the values of its own step (a mean over steps would depend on where a run was
+resumed); rates are means since the row before.
+"""
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from sdx.config.schema import Sink
+from sdx.record.paths import RunPaths
+
+LINE_EVERY_S = 10.0  # a plain line on something that is not a terminal, at most this often
+GIB = 2**30
+
+
+class TooManyBadSteps(RuntimeError):
+    """Loss or gradient was not finite in too many steps in a row."""
+
+
+@runtime_checkable
+class MetricSink(Protocol):
+    """Somewhere metrics and pictures go. Everything written is flushed when the call returns."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def picture(self, step: int, tag: str, image: UInt8[np.ndarray, "H W 3"]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlSink:
+    """One JSON object a line in `metrics.jsonl`; a value that is not finite is null."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step} | row) + "\n")
+        self._file.flush()
+
+    def picture(self, step: int, tag: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
+        """Pictures lie in the run folder already."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _tensorboard(paths: RunPaths, first_step: int) -> MetricSink:
+    from sdx.training.event_files import TensorBoardSink  # costs a second to import
+
+    return TensorBoardSink(paths.tensorboard, first_step)
+
+
+SINKS: dict[Sink, Callable[[RunPaths, int], MetricSink]] = {
+    Sink.jsonl: lambda paths, first_step: JsonlSink(paths.metrics),
+    Sink.tensorboard: _tensorboard,
+}
+
+
+def make_sinks(kinds: Sequence[Sink], paths: RunPaths, *, first_step: int) -> list[MetricSink]:
+    """The sinks of `metrics.sinks`; none on processes other than the first.
+
+    `first_step` is the first one this attempt will write: older rows of the same number are no
+    longer shown.
+    """
+    if jax.process_index() != 0:
+        return []
+    return [SINKS[kind](paths, first_step) for kind in kinds]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one step does, to turn seconds into rates."""
+
+    batch_size: int
+    flops: float
+    num_devices: int
+    peak_tflops: float | None
+    """Of one device; None where unknown, then no MFU is reported."""
+
+
+class StepMeter:
+    """Rates since they were last asked for; time spent `apart` from stepping does not count."""
+
+    def __init__(self, workload: Workload, clock: Callable[[], float] = time.perf_counter):
+        self._workload = workload
+        self._clock = clock
+        self._restart()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around waiting for data."""
+        start = self._clock()
+        yield
+        self._waited_s += self._clock() - start
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Around what is not stepping: pictures, checkpoints."""
+        start = self._clock()
+        yield
+        self._start += self._clock() - start
+
+    def count(self) -> None:
+        """One more step was made."""
+        self._num_steps += 1
+
+    def rates(self) -> dict[str, float]:
+        """Seconds a step, images and TFLOP a second, the share of time that waits for data,
+        memory."""
+        elapsed = max(self._clock() - self._start, 1e-9)
+        step_s = elapsed / max(self._num_steps, 1)
+        work = self._workload
+        tflops = work.flops / step_s / work.num_devices / 1e12
+        rates = {
+            "step_s": step_s,
+            "images_per_s": work.batch_size / step_s,
+            "tflops_per_device": tflops,
+            "data_wait": min(self._waited_s / elapsed, 1.0),
+            "memory_gib": memory_bytes() / GIB,
+        }
+        if work.peak_tflops is not None:
+            rates["mfu"] = tflops / work.peak_tflops
+        self._restart()
+        return rates
+
+    def _restart(self) -> None:
+        self._start = self._clock()
+        self._waited_s = 0.0
+        self._num_steps = 0
+
+
+def memory_bytes() -> int:
+    """Peak memory of the fullest local device; of this process where devices do not say (CPU)."""
+    peaks = [
+        stats["peak_bytes_in_use"]
+        for device in jax.local_devices()
+        if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats
+    ]
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return max(peaks, default=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+@runtime_checkable
+class Output(Protocol):
+    """Where lines go: standard output, or what stands in for it."""
+
+    def write(self, text: str, /) -> object: ...
+
+    def flush(self) -> object: ...
+
+    def isatty(self) -> bool: ...
+
+
+class ProgressLine:
+    """How far a run is: one line rewritten in place on a terminal, a plain line now and then
+    elsewhere."""
+
+    def __init__(
+        self,
+        max_steps: int,
+        *,
+        out: Output | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._max_steps = max_steps
+        self._out = out or sys.stdout
+        self._clock = clock
+        self._is_terminal = self._out.isatty()
+        self._width = 0
+        self._shown_at = -math.inf
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Step, loss, rate and time left."""
+        is_last = step >= self._max_steps
+        if not self._is_terminal and not is_last and self._clock() < self._shown_at + LINE_EVERY_S:
+            return
+        self._shown_at = self._clock()
+        left = format_seconds((self._max_steps - step) * values["step_s"])
+        text = (
+            f"step {step}/{self._max_steps}  loss {values['loss']:.4f}  "
+            f"{values['images_per_s']:.1f} images/s  {left} left"
+        )
+        if values.get("num_bad_steps"):
+            text += f"  ({values['num_bad_steps']:.0f} bad steps)"
+        if self._is_terminal:
+            self._out.write(f"\r{text:<{self._width}}")
+            self._width = len(text)
+            self._out.flush()
+        else:
+            print(text, file=self._out, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, that the progress line does not overwrite."""
+        if self._is_terminal and self._width:
+            self._out.write(f"\r{' ' * self._width}\r")
+            self._width = 0
+        print(text, file=self._out, flush=True)
+
+    def close(self) -> None:
+        """Leaves the last progress line standing."""
+        if self._is_terminal and self._width:
+            print(file=self._out, flush=True)
+            self._width = 0
+
+
+def format_seconds(seconds: float) -> str:
+    """`3 h 05 min`, `12 min`, `40 s`."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Reporter:
+    """Reads each step's metrics and hands every Nth to the sinks and the progress line."""
+
+    def __init__(
+        self,
+        *,
+        every: int,
+        max_steps: int,
+        max_bad_steps: int,
+        meter: StepMeter,
+        sinks: Sequence[MetricSink],
+        progress: ProgressLine,
+        on_row: Callable[[int], None] = lambda step: None,
+    ):
+        self.meter = meter
+        self.progress = progress
+        self._every = every
+        self._max_steps = max_steps
+        self._max_bad_steps = max_bad_steps
+        self._sinks = sinks
+        self._on_row = on_row
+
+    def report(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Waits for `step` and reports it; raises TooManyBadSteps at the end of a row of bad
+        ones."""
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        self.meter.count()
+        bad_in_a_row = int(values.pop("bad_in_a_row"))
+        is_bad = bool(values.pop("bad"))
+        if step % self._every == 0 or step == self._max_steps or is_bad:
+            self._write(step, values)
+        if bad_in_a_row >= self._max_bad_steps:
+            raise TooManyBadSteps(
+                f"train.max_bad_steps={self._max_bad_steps}: loss or gradient was not finite in "
+                f"the steps {step - bad_in_a_row + 1} to {step}; their updates were skipped. The "
+                "last checkpoint holds good weights; try a smaller optimizer.lr, "
+                "optimizer.max_grad_norm, or model.activations_dtype=float32."
+            )
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        row = values | self.meter.rates()
+        for sink in self._sinks:
+            sink.write(step, row)
+        self.progress.show(step, row)
+        self._on_row(step)

@@ -1,0 +1,217 @@
+"""When the loop writes, draws, saves and stops; around a toy program that counts."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdx.config.schema import CheckpointConfig
+from sdx.data.loader import HostBatch
+from sdx.training.loop import Cadence, Outcome, train
+from sdx.training.metrics import (
+    MetricSink,
+    ProgressLine,
+    Reporter,
+    StepMeter,
+    TooManyBadSteps,
+    Workload,
+)
+from sdx.training.program import Batch, Program
+from sdx.training.state import TrainState
+
+pytestmark = pytest.mark.fast
+
+
+class Journal:
+    """Everything the loop did, in order; stands in for sink, checkpointer and draw."""
+
+    def __init__(self, stop_at: int | None = None):
+        self.acts: list[tuple[str, int]] = []
+        self.stop_at = stop_at
+        self.rows: list[int] = []
+
+    def write(self, step: int, values: Any) -> None:
+        self.acts.append(("row", step))
+
+    def picture(self, step: int, tag: str, image: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+    def save(self, step: int, state: TrainState) -> None:
+        assert int(state.step) == step and state.params["unet"] == step
+        self.acts.append(("save", step))
+
+    def wait(self) -> None:
+        self.acts.append(("wait", 0))
+
+    def draw(self, step: int, params: Any) -> None:
+        assert params["unet"] == 10 * step  # the average
+        self.acts.append(("draw", step))
+
+    def should_stop(self, step: int) -> bool:
+        return self.stop_at is not None and step >= self.stop_at
+
+    def steps(self, act: str) -> list[int]:
+        return [step for name, step in self.acts if name == act]
+
+
+def make_state(step: int = 0) -> TrainState:
+    zero = jnp.int32(0)
+    return TrainState(
+        step=jnp.int32(step),
+        num_updates=zero,
+        num_bad_steps=zero,
+        bad_in_a_row=zero,
+        params={"unet": jnp.float32(step)},
+        ema={"unet": jnp.float32(10 * step)},
+        opt_state=(),
+    )
+
+
+def count(state: TrainState, moments: jax.Array, context: Any, weights: jax.Array) -> Any:
+    """A step that adds one, and is bad where the picture's mean is not finite."""
+    bad = jnp.where(jnp.isfinite(moments.mean()), 0, 1)
+    state = replace(
+        state,
+        step=state.step + 1,
+        bad_in_a_row=(state.bad_in_a_row + bad) * bad,
+        params={"unet": state.params["unet"] + 1},
+        ema={"unet": state.params["unet"] * 10 + 10},
+    )
+    metrics = {"loss": moments.mean(), "bad": bad, "bad_in_a_row": state.bad_in_a_row}
+    return state, {name: value.astype(jnp.float32) for name, value in metrics.items()}
+
+
+class ToyProgram(Program):
+    """Pictures are their own moments; white ones are not finite."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "step", jax.jit(count))
+        object.__setattr__(self, "encode", self.pass_on)
+
+    def place_batch(self, images: Any, tokens: Any, weights: Any) -> Batch:
+        return Batch(images, tokens, weights)
+
+    def pass_on(self, frozen: Any, images: Any, tokens: Any) -> tuple[Any, Any]:
+        return jnp.where(images == 255, jnp.nan, images.astype(jnp.float32)), tokens
+
+
+def batches(start: int, bad: tuple[int, ...] = ()) -> Iterator[HostBatch]:
+    """Batch k is that of step k, 0 the first; white ones are bad."""
+    step = start
+    while True:
+        yield HostBatch(
+            step=step,
+            images=np.full((1, 2, 2, 3), 255 if step in bad else 1, np.uint8),
+            tokens=np.zeros((1, 3), np.int32),
+            weights=np.ones(1, np.float32),
+            indices=np.zeros(1, np.int64),
+            epochs=np.zeros(1, np.int64),
+            bad_images=(),
+        )
+        step += 1
+
+
+def run(
+    journal: Journal,
+    *,
+    start: int = 0,
+    max_steps: int = 7,
+    pictures_every: int | None = 4,
+    checkpoint: CheckpointConfig | None = None,
+    bad: tuple[int, ...] = (),
+) -> Outcome:
+    sinks: list[MetricSink] = [journal]
+    reporter = Reporter(
+        every=1,
+        max_steps=max_steps,
+        max_bad_steps=2,
+        meter=StepMeter(Workload(1, 1.0, 1, None)),
+        sinks=sinks,
+        progress=ProgressLine(max_steps, out=io.StringIO()),
+    )
+    return train(
+        ToyProgram(),
+        make_state(start),
+        {},
+        batches(start, bad),
+        Cadence(max_steps, pictures_every, checkpoint or CheckpointConfig(every=3)),
+        checkpointer=journal,
+        reporter=reporter,
+        should_stop=journal.should_stop,
+        draw=journal.draw,
+    )
+
+
+def test_everything_happens_in_its_time_and_order() -> None:
+    journal = Journal()
+    outcome = run(journal)
+    assert (outcome.step, outcome.is_interrupted) == (7, False)
+    assert journal.steps("row") == [1, 2, 3, 4, 5, 6, 7]
+    assert journal.steps("draw") == [4, 7]
+    assert journal.steps("save") == [3, 6, 7]
+    assert journal.acts[-4:] == [("row", 7), ("draw", 7), ("save", 7), ("wait", 0)]
+
+
+def test_a_row_is_written_before_its_step_is_saved() -> None:
+    journal = Journal()
+    run(journal)
+    for step in journal.steps("save"):
+        assert journal.acts.index(("row", step)) < journal.acts.index(("save", step))
+
+
+def test_null_is_never_and_zero_is_at_the_end() -> None:
+    journal = Journal()
+    run(journal, pictures_every=None, checkpoint=CheckpointConfig(every=None))
+    assert not journal.steps("draw") and not journal.steps("save")
+    journal = Journal()
+    run(journal, pictures_every=0, checkpoint=CheckpointConfig(every=0))
+    assert journal.steps("draw") == journal.steps("save") == [7]
+
+
+def test_minutes_save_too() -> None:
+    journal = Journal()
+    run(journal, checkpoint=CheckpointConfig(every=None, every_minutes=1e-9))
+    assert journal.steps("save") == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_stop_saves_the_step_it_came_at() -> None:
+    journal = Journal(stop_at=5)
+    outcome = run(journal)
+    assert (outcome.step, outcome.is_interrupted) == (5, True)
+    assert journal.steps("save") == [3, 5] and journal.steps("row")[-1] == 5
+    assert int(outcome.state.step) == 5
+
+
+def test_a_stop_at_a_saved_step_does_not_save_it_again() -> None:
+    journal = Journal(stop_at=3)
+    run(journal)
+    assert journal.steps("save") == [3]
+
+
+def test_going_on_does_the_rest_and_no_more() -> None:
+    journal = Journal()
+    outcome = run(journal, start=5)
+    assert outcome.step == 7 and journal.steps("row") == [6, 7]
+    assert journal.steps("draw") == [7] and journal.steps("save") == [6, 7]
+
+
+def test_pictures_a_stop_prevented_are_drawn_on_going_on() -> None:
+    journal = Journal()
+    run(journal, start=7)
+    assert journal.steps("draw") == [7] and not journal.steps("row") and not journal.steps("save")
+
+
+def test_a_bad_step_goes_on_and_too_many_do_not_save() -> None:
+    journal = Journal()
+    assert run(journal, bad=(1, 3)).step == 7
+    journal = Journal()
+    with pytest.raises(TooManyBadSteps):
+        run(journal, bad=(3, 4, 5, 6))
+    assert journal.steps("row") == [1, 2, 3, 4, 5]
+    assert journal.steps("save") == [3] and journal.acts[-1] == ("wait", 0)
