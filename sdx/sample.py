@@ -1,4 +1,4 @@
-"""python -m sdx.sample RUN_OR_FOLDER --prompt "...": draw pictures with a run's or a folder's model."""
+"""python -m sdx.sample RUN_OR_FOLDER --prompt "...": draw pictures with a trained model."""
 
 import argparse
 import sys

@@ -35,7 +35,7 @@ def draw(
     seed: int,
     out: Path | None,
 ) -> Path:
-    """The folder with `grid.png` and one PNG for each prompt and number; raises `DRAWING_FAULTS`."""
+    """The folder with `grid.png` and a PNG for each prompt and number; raises DRAWING_FAULTS."""
     run = Path(source).expanduser()
     is_run = (run / "config.yaml").is_file()
     folder = out or (RunPaths(run).samples / "drawn" if is_run else Path("samples"))

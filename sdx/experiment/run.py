@@ -19,9 +19,10 @@ from sdx.config.compose import from_saved, to_yaml
 from sdx.config.errors import ConfigError
 from sdx.config.identity import differences
 from sdx.config.leaves import flatten
-from sdx.config.schema import Config, Init, OnResume
+from sdx.config.schema import Config, Init, OnResume, ResumePolicy
 from sdx.data.loader import make_loader
 from sdx.data.source import BadImage, DataError
+from sdx.experiment.compilation_cache import heal_compilation_cache
 from sdx.experiment.gallery import Gallery
 from sdx.experiment.setup import REFUSALS, Setup, prepare
 from sdx.parallel.stopping import EXIT_INTERRUPTED, StopFlag
@@ -54,7 +55,13 @@ from sdx.training.state import TrainState, sampling_params
 from sdx.weights.load import load_text_encoder, load_unet, load_vae
 
 FINISHED, FAILED, REFUSED = 0, 1, 2
-_FAULTS = (TooManyBadSteps, NoValidCheckpoint, CheckpointMismatch, DataError)
+
+
+class FolderLost(RuntimeError):
+    """The run folder belongs to another process by now."""
+
+
+_FAULTS = (FolderLost, TooManyBadSteps, NoValidCheckpoint, CheckpointMismatch, DataError)
 """Failures that explain themselves; any other leaves its traceback."""
 
 
@@ -149,8 +156,10 @@ class Attempt:
         self.log.write(text)
 
     def _compile(self) -> Program:
-        program = build(self.setup.config, self.setup.mesh, max_steps=self.setup.max_steps)
-        program = program.compile()
+        config = self.setup.config
+        program = build(config, self.setup.mesh, max_steps=self.setup.max_steps)
+        with heal_compilation_cache(config.run.compilation_cache_dir):
+            program = program.compile()
         self.say(f"compiled in {program.compile_s:.1f} s")
         return program
 
@@ -190,7 +199,7 @@ class Attempt:
                     Cadence(setup.max_steps, config.sample.every, config.checkpoint),
                     checkpointer=checkpointer,
                     reporter=self._reporter(program, sinks),
-                    should_stop=lambda step: stop.requested,
+                    should_stop=lambda step: self._should_stop(stop),
                     draw=gallery.draw_grid,
                 )
             self._note_bad_images(loader.bad_images.values())
@@ -210,6 +219,8 @@ class Attempt:
         if restored is not None:
             self.say(f"continuing from step {restored[0]}")
             return restored[1]
+        if config.run.resume is ResumePolicy.must:
+            raise NoValidCheckpoint(f"run.resume=must: {checkpointer.folder} holds no checkpoint.")
         if config.run.resume_from is not None:
             parent, step = _parse_parent(config.run.resume_from)
             folder = RunPaths(parent).checkpoints
@@ -271,6 +282,14 @@ class Attempt:
         if bad:
             lines = [json.dumps(asdict(image), ensure_ascii=False) for image in bad]
             write_text(self.setup.paths.bad_images, "\n".join(lines) + "\n")
+
+    def _should_stop(self, stop: StopFlag) -> bool:
+        if self.record.lock.lost:
+            raise FolderLost(
+                f"{self.setup.paths.root}: another process took the folder over while this one gave "
+                "no sign of life; it goes on there, nothing more is written here."
+            )
+        return stop.requested
 
     def _interrupted(self, step: int) -> int:
         self.say(f"interrupted after step {step}, saved; the same command goes on from there")

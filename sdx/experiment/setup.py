@@ -6,7 +6,6 @@ Whatever is wrong here refuses the start (exit code 2): devices, data, the model
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 from jax.sharding import Mesh
 
 from sdx.config import resolve
@@ -15,6 +14,7 @@ from sdx.config.schema import Config
 from sdx.data.loader import open_source
 from sdx.data.source import DataError, FirstExamples, Source
 from sdx.data.tokenizer import Tokenizer, load_tokenizer
+from sdx.experiment.compilation_cache import use_compilation_cache
 from sdx.parallel.mesh import MeshError, claim_devices, make_mesh
 from sdx.record.lock import RefusedStart
 from sdx.record.paths import RunPaths
@@ -61,13 +61,3 @@ def prepare(config: Config) -> Setup:
         max_steps=resolve.max_steps(config, len(source)),
         paths=RunPaths(Path(config.run.output_dir) / run_folder_name(config)),
     )
-
-
-def use_compilation_cache(folder: str | None) -> None:
-    """Keeps compiled programs in `folder`, however small or quickly made."""
-    if folder is None:
-        jax.config.update("jax_enable_compilation_cache", False)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

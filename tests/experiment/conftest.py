@@ -1,0 +1,72 @@
+"""Runs of the real command in processes of their own, on a UNet small enough to kill often."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MICRO = [
+    "model.unet.block_out_channels=[16,32]",
+    "model.unet.down_block_types=[CrossAttnDownBlock2D,DownBlock2D]",
+    "model.unet.attention_head_dim=[1,2]",
+    "model.unet.layers_per_block=1",
+    "model.unet.norm_num_groups=4",
+    "data.num_examples=100",
+    "train.per_device_batch_size=4",
+    "lr_schedule=constant",
+    "metrics.every=1",
+    "sample.prompts=[a small red circle on a white background]",
+    "sample.num_steps=2",
+    "sample.num_adherence_prompts=null",
+]
+
+
+@dataclass(frozen=True)
+class Command:
+    """`python -m sdx.train` with the micro model, in a folder of its own."""
+
+    folder: Path
+
+    def start(self, *overrides: str, command: str = "train") -> subprocess.Popen[str]:
+        """The running process; its output is one text."""
+        arguments = [*MICRO, *overrides] if command == "train" else list(overrides)
+        return subprocess.Popen(
+            [sys.executable, "-m", f"sdx.{command}", *arguments],
+            cwd=self.folder,
+            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *overrides: str, command: str = "train") -> tuple[int, str]:
+        """Exit code and output."""
+        process = self.start(*overrides, command=command)
+        output, _ = process.communicate(timeout=600)
+        return process.returncode, output
+
+    def path(self, *parts: str) -> Path:
+        return self.folder.joinpath("outputs", *parts)
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    return Command(tmp_path)
+
+
+@pytest.fixture
+def rows() -> Callable[[Path], list[dict[str, Any]]]:
+    """Rows of a run's metrics.jsonl without what depends on the clock."""
+
+    def read(run: Path) -> list[dict[str, Any]]:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        kept = ("step", "loss", "grad_norm", "lr", "num_bad_steps")
+        return [{key: json.loads(line)[key] for key in kept} for line in lines]
+
+    return read
