@@ -4,6 +4,7 @@ Pure and machine-independent: no device, file or network is looked at, so a conf
 can be checked on a laptop. What only the machine knows is checked where the job runs.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 
@@ -132,7 +133,9 @@ def _outside(leaf: Leaf, got: float) -> str | None:
         and (above is None or got > above)
         and (below is None or got < below)
     )
-    return None if inside and got == got else f"must be {bounds_text(leaf)}"
+    if not math.isfinite(got):
+        return "must be a finite number"
+    return None if inside else f"must be {bounds_text(leaf)}"
 
 
 def bounds_text(leaf: Leaf) -> str:
@@ -209,6 +212,8 @@ def _diffusion(config: Config) -> Iterator[Problem]:
 
 def _resolution(config: Config) -> Iterator[Problem]:
     pixels = resolve.resolution(config)
+    if not config.model.vae.block_out_channels or not config.model.unet.block_out_channels:
+        return  # _architecture says so
     factor = resolve.vae_factor(config) * resolve.unet_factor(config)
     if pixels % factor:
         path = "data.resolution" if config.data.resolution else "model.resolution"
@@ -224,6 +229,8 @@ def _weights(config: Config) -> Iterator[Problem]:
 
 def _architecture(config: Config) -> Iterator[Problem]:
     unet, vae, text = config.model.unet, config.model.vae, config.model.text_encoder
+    yield from _levels("model.unet.block_out_channels", unet.block_out_channels)
+    yield from _levels("model.vae.block_out_channels", vae.block_out_channels)
     yield from _same_length(config, "model.unet.block_out_channels", "model.unet.down_block_types")
     yield from _same_length(
         config, "model.unet.block_out_channels", "model.unet.attention_head_dim"
@@ -248,11 +255,14 @@ def _architecture(config: Config) -> Iterator[Problem]:
     yield from _equal(config, "model.vae.out_channels", "model.vae.in_channels")
 
 
+def _levels(path: str, channels: list[int]) -> Iterator[Problem]:
+    if not channels or min(channels) < 1:
+        yield Problem(path, spelled(channels), "must be positive numbers, one for each level")
+
+
 def _same_length(config: Config, first: str, second: str) -> Iterator[Problem]:
     one, other = value(config, first), value(config, second)
-    if not one or any(isinstance(item, int) and item < 1 for item in one):
-        yield Problem(first, spelled(one), "must be positive numbers, one for each level")
-    elif len(one) != len(other):
+    if len(one) != len(other):
         rule = f"must have {len(one)} items, as many as {first}={spelled(one)}"
         yield Problem(second, spelled(other), rule)
 
@@ -359,7 +369,7 @@ def _neighbours(got: int, unit: int) -> str:
 
 def _hardware(config: Config) -> Iterator[Problem]:
     devices, hosts = config.hardware.num_devices, config.hardware.num_hosts
-    if devices is not None and devices % hosts:
+    if devices is not None and hosts > 0 and devices % hosts:
         rule = f"must be a multiple of hardware.num_hosts={hosts}"
         yield Problem("hardware.num_devices", str(devices), rule)
 

@@ -47,11 +47,11 @@ def run(command: str, argv: Sequence[str], body: Body) -> int:
             _show(command, arguments)
             return 0
         jobs = _jobs(arguments)
+        if arguments.multirun:
+            return _sweep(command, arguments, jobs, body)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return _REFUSED
-    if arguments.multirun:
-        return _sweep(command, arguments, jobs, body)
     return body(jobs[0].config, jobs[0].overrides)
 
 
@@ -190,14 +190,20 @@ def _hydra(
     command: str, argv: list[str], config_dir: Path | None, task: Callable[[object], None]
 ) -> None:
     import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     from sdx.config.compose import register, search_path
+    from sdx.config.overrides import explain
 
     register()
     argv = [*argv, *search_path(option_folders(config_dir))]
     main = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)
     with _process_state([f"sdx-{command}", *argv]):
-        main()
+        try:
+            main()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError([explain(error)]) from None
 
 
 @contextmanager

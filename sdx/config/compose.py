@@ -23,10 +23,12 @@ from sdx.config.check import check, check_given
 from sdx.config.errors import ConfigError, Problem, nearest
 from sdx.config.folders import CHECKOUT, CONF, option_folders
 from sdx.config.leaves import groups, leaves
-from sdx.config.overrides import explain, inspect
+from sdx.config.overrides import Inspected, explain, inspect
 from sdx.config.schema import SCHEMA_VERSION, Config
 
 __all__ = ["CONF", "compose", "from_saved", "to_yaml"]
+
+_PLACE = ("hardware", "mesh", "attention")  # hardware's presets choose the other two
 
 # What a saved configuration of each older schema_version must go through, in order.
 MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
@@ -53,17 +55,19 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Conf
 
 
 def from_saved(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration saved at `path` (a run folder or a YAML file) with `overrides` on top,
-    without Hydra.
+    """The configuration saved at `path` (a run folder or a YAML file), with `overrides` on top.
+
+    No Hydra, unless an override chooses another place to run: `hardware=`, `mesh=`, `attention=`.
     """
     file = path / "config.yaml" if path.is_dir() else path
     saved = _load_saved(file)
-    inspected = inspect(overrides, folders=None)
+    folders = option_folders()
+    inspected = inspect(overrides, folders, only=_PLACE)
     problems = [*_unknown(OmegaConf.create(saved), file.name), *inspected.problems]
     if problems:
         raise ConfigError(problems)
     try:
-        node = OmegaConf.merge(OmegaConf.structured(Config), saved)
+        node = OmegaConf.merge(OmegaConf.structured(Config), saved, _place(inspected, folders))
         assert isinstance(node, DictConfig)
         for key, item in inspected.values.items():
             OmegaConf.update(node, key, item)
@@ -110,7 +114,8 @@ def composing(folders: Sequence[Path]) -> Iterator[None]:
 
 def search_path(folders: Sequence[Path]) -> list[str]:
     """The override that makes Hydra look into the user's folders as well."""
-    more = ",".join(f"'file://{folder}'" for folder in folders[1:])
+    quoted = (str(folder).replace("'", "\\'") for folder in folders[1:])
+    more = ",".join(f"'file://{folder}'" for folder in quoted)
     return [f"hydra.searchpath=[{more}]"] if more else []
 
 
@@ -130,11 +135,24 @@ def _composed(overrides: Sequence[str]) -> tuple[Config | None, list[Problem]]:
     return typed(node)
 
 
+def _place(inspected: Inspected, folders: Sequence[Path]) -> dict[str, Any]:
+    """The groups that another choice of where to run replaces in a saved configuration."""
+    if not inspected.choices:
+        return {}
+    with composing(folders):
+        choices = [f"{group}={option}" for group, option in inspected.choices.items()]
+        node = hydra_compose(config_name="config", overrides=[*choices, *search_path(folders)])
+    replaced = _PLACE if "hardware" in inspected.choices else inspected.choices
+    return {group: node[group] for group in replaced}
+
+
 def _shadowing(folders: Sequence[Path]) -> Iterator[Problem]:
     """Options of the user's folders that carry the name of one of ours and would never be read."""
-    ours = {file.relative_to(CONF) for file in CONF.glob("*/*.yaml")}
+    ours = sorted(str(file.relative_to(CONF)) for file in CONF.glob("*/*.yaml"))
     for folder in folders[1:]:
-        for name in sorted(str(file) for file in ours if (folder / file).is_file()):
+        for name in [name for name in ours if (folder / name).is_file()]:
+            if (folder / name).read_bytes() == (CONF / name).read_bytes():
+                continue  # a checkout beside an installed sdx
             rule = "sdx has an option of that name, this one would never be read"
             yield Problem(str(folder / name), None, rule, "rename the file")
 
@@ -166,14 +184,18 @@ def _missing(node: DictConfig) -> Iterator[Problem]:
 def _load_saved(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError([Problem("--from", str(file), "no such file")])
-    content = OmegaConf.to_container(OmegaConf.load(file))
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(file))
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError([Problem("--from", str(file), f"not readable ({reason})")]) from None
     if not isinstance(content, dict):
         raise ConfigError([Problem("--from", str(file), "not a saved configuration")])
     saved = {str(key): item for key, item in content.items()}
     version = saved.get("schema_version", SCHEMA_VERSION)
-    if version > SCHEMA_VERSION:
-        rule = f"schema_version {version} is newer than this sdx, which knows {SCHEMA_VERSION}"
-        raise ConfigError([Problem("--from", str(file), rule, "update sdx")])
+    if version not in {*MIGRATIONS, SCHEMA_VERSION}:
+        rule = f"schema_version {version} is not known to this sdx, which writes {SCHEMA_VERSION}"
+        raise ConfigError([Problem("--from", str(file), rule, "use the sdx that wrote it")])
     for number in range(version, SCHEMA_VERSION):
         saved = MIGRATIONS[number](saved)
     return {**saved, "schema_version": SCHEMA_VERSION}

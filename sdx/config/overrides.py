@@ -4,7 +4,7 @@ Hydra stops at the first fault and says little about it; here each override is p
 itself, so that all faults can be listed, and only the sound ones are composed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -27,11 +27,14 @@ _HALF = {"float16", "fp16", "half"}
 
 @dataclass
 class Inspected:
-    """Overrides after inspection: those to compose, the keys and values they set, and the faults of
-    the others.
+    """Overrides after inspection.
+
+    `sound` are those to compose: `choices` choose options of groups, `values` are what the others
+    set. `problems` are the faults of the rest.
     """
 
     sound: list[str] = field(default_factory=list)
+    choices: dict[str, str] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     has_bad_choice: bool = False  # a group option was refused: rules across keys would mislead
@@ -41,24 +44,33 @@ class Inspected:
         return list(self.values)
 
 
-def inspect(overrides: Sequence[str], folders: Sequence[Path] | None) -> Inspected:
-    """Judge every override; `folders` hold the groups' options (None: a saved configuration, which
-    has keys only).
+def inspect(
+    overrides: Sequence[str], folders: Sequence[Path], only: Collection[str] | None = None
+) -> Inspected:
+    """Judge every override; `folders` hold the options of groups.
+
+    `only` names the groups that may be chosen from, if not all: a saved configuration has made its
+    choices.
     """
     result = Inspected()
-    options = group_options(folders) if folders is not None else {}
+    options = group_options(folders)
+    options = {group: options[group] for group in only} if only is not None else options
     for text in overrides:
         override = parse(text)
         if isinstance(override, Problem):
             result.problems.append(override)
             continue
-        faults = list(_judge(override, options, is_saved=folders is None))
+        faults = list(_judge(override, options))
         result.problems += faults
-        if not faults:
-            result.sound.append(text)
-            if not _is_group(override, options):
-                result.values |= dict(_items(override.key_or_group, override.value()))
-        result.has_bad_choice |= bool(faults) and _is_group(override, options)
+        is_choice = _is_group(override, options)
+        result.has_bad_choice |= bool(faults) and is_choice
+        if faults:
+            continue
+        result.sound.append(text)
+        if is_choice:
+            result.choices[override.key_or_group] = str(override.value())
+        else:
+            result.values |= dict(_items(override.key_or_group, override.value()))
     return result
 
 
@@ -94,7 +106,7 @@ def explain(error: Exception) -> Problem:
     return Problem("conf", None, " ".join(str(error).split()).rstrip("."))
 
 
-def _judge(override: Override, options: dict[str, list[str]], is_saved: bool) -> Iterator[Problem]:
+def _judge(override: Override, options: dict[str, list[str]]) -> Iterator[Problem]:
     key = override.key_or_group
     if override.is_sweep_override():
         got = (override.input_line or "").partition("=")[2]
@@ -108,9 +120,10 @@ def _judge(override: Override, options: dict[str, list[str]], is_saved: bool) ->
         )
     elif _is_group(override, options):
         yield from _judge_choice(override, options[key])
-    elif is_saved and key in groups() and not isinstance(override.value(), dict):
-        rule = "a saved configuration has no options to choose from"
-        yield Problem(key, str(override.value()), rule, f"set its keys: {key}.…")
+    elif key in group_options([]) and not isinstance(override.value(), dict):
+        rule = "a saved configuration has made this choice"
+        fix = f"set its keys ({key}.…); {any_of(options)} may be chosen anew"
+        yield Problem(key, str(override.value()), rule, fix)
     else:
         for path, got in _items(key, override.value()):
             yield from _judge_value(override, path, got, options)

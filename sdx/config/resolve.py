@@ -70,7 +70,7 @@ def global_batch_size(config: Config, num_devices: int | None = None) -> int:
     if train.per_device_batch_size is None:
         raise ValueError("train.per_device_batch_size: missing; set it or train.global_batch_size.")
     size = train.per_device_batch_size * devices * train.gradient_accumulation
-    if size < 1 or not math.isclose(size, round(size), abs_tol=1e-6):
+    if not 1 <= size < math.inf or not math.isclose(size, round(size), abs_tol=1e-6):
         raise ValueError(
             f"train.per_device_batch_size={train.per_device_batch_size:g}: times {devices} devices"
             f" and {train.gradient_accumulation} micro-steps is {size:g}, not a whole number."

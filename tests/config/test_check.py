@@ -1,20 +1,24 @@
 """Rules over several keys: each is broken once, and the text says how to mend it."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
-from sdx.config.check import check, has_effect
-from sdx.config.compose import compose
-from sdx.config.errors import ConfigError
+from sdx.config.check import check, check_given, has_effect
+from sdx.config.folders import CONF
 from sdx.config.leaves import leaves
+from sdx.config.overrides import inspect
 from sdx.config.schema import SampleConfig
+from tests.config.quick import quick
+
+pytestmark = pytest.mark.fast
 
 PHOTOS = "data=imagefolder data.dir=photos"
 RULES = {
     "bound": ("optimizer.eps=0", "optimizer.eps=0: must be above 0."),
     "two-sided bound": ("optimizer.b1=1", "optimizer.b1=1: must be at least 0 and below 1."),
-    "not a number": ("optimizer.lr=nan", "optimizer.lr=nan: must be above 0."),
+    "not a number": ("optimizer.lr=nan", "optimizer.lr=nan: must be a finite number."),
     "peers' -1": (
         "checkpoint.every=-1",
         "checkpoint.every=-1: must be at least 0; null = off.",
@@ -114,6 +118,10 @@ RULES = {
         "model.unet.attention_head_dim=[5,10]: must have 4 items,"
         " as many as model.unet.block_out_channels=[320,640,1280,1280].",
     ),
+    "no levels": (
+        "model=sd21 model.vae.block_out_channels=[]",
+        "model.vae.block_out_channels=[]: must be positive numbers, one for each level.",
+    ),
     "norm groups": (
         "model=sd21 model.unet.norm_num_groups=48",
         "model.unet.norm_num_groups=48: must divide 320, 640, 1280 channels.",
@@ -209,21 +217,26 @@ SOUND = [
 ]
 
 
+def faults_of(line: str) -> list[str]:
+    overrides = line.split(" ")
+    config = quick(overrides)
+    given = inspect(overrides, [CONF]).keys
+    return [str(problem) for problem in [*check(config), *check_given(config, given)]]
+
+
 @pytest.mark.parametrize("case", RULES)
 def test_rule(case: str) -> None:
     line, text = RULES[case]
-    with pytest.raises(ConfigError) as caught:
-        compose(line.split(" "))
-    assert [str(problem) for problem in caught.value.problems] == [text]
+    assert faults_of(line) == [text]
 
 
 @pytest.mark.parametrize("line", SOUND)
 def test_sound_configurations_pass(line: str) -> None:
-    compose(line.split())
+    assert faults_of(line) == []
 
 
 def test_faults_of_many_rules_come_together() -> None:
-    config = compose(["model=sd21"])
+    config = quick(["model=sd21"])
     broken = dataclasses.replace(
         config,
         sample=SampleConfig(num_steps=0, guidance_scale=0.5),
@@ -234,6 +247,25 @@ def test_faults_of_many_rules_come_together() -> None:
 
 
 def test_a_key_is_in_effect_or_named_in_a_fault() -> None:
-    config = compose([])
+    config = quick([])
     idle = [path for path in leaves() if not has_effect(config, path)]
     assert "data.dir" in idle and "lr_schedule.power" in idle and "optimizer.lr" not in idle
+
+
+@pytest.mark.parametrize("extreme", [0, -1, -2, 1, 10**9, float("nan"), float("inf"), None, []])
+def test_no_value_makes_the_check_itself_fail(extreme: object) -> None:
+    config = quick(["hardware=tpu_v4_32"])
+    for path, leaf in leaves().items():
+        if (
+            type(extreme) is leaf.kind
+            or (leaf.kind is float and extreme == 1)
+            or (extreme is None and leaf.optional)
+        ):
+            for problem in check(replaced(config, path, extreme)):
+                assert str(problem)
+
+
+def replaced(node: Any, path: str, value: object) -> Any:
+    name, _, rest = path.partition(".")
+    value = replaced(getattr(node, name), rest, value) if rest else value
+    return dataclasses.replace(node, **{name: value})

@@ -173,6 +173,8 @@ def test_from_a_run_folder_continues_in_that_folder(tmp_path: Path) -> None:
         (["-m", "optimizer.lr=1e-5,x"], "optimizer.lr=x: must be a number."),
         (["-m", "optimizer.lr=interval(0,1)"], "does not support sweep type"),
         (["-m", "train.max_steps=1,2", "a=b=c"], "a=b=c: not readable"),
+        (["-m", "hydra/launcher=slurm"], "hydra/launcher/slurm: no such option; use basic."),
+        (["-m", "hydra.sweeper.dri_run=1"], "hydra.sweeper.dri_run: unknown key"),
     ],
 )
 def test_refused(argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,8 @@ from sdx.config import compose as composition
 from sdx.config.compose import compose, from_saved, to_yaml
 from sdx.config.errors import ConfigError
 from sdx.config.folders import CONF, default_options, group_options
+from sdx.config.identity import identity
+from sdx.config.resolve import with_global_batch
 from sdx.config.schema import SCHEMA_VERSION, AttentionKind, Config, PredictionType, Sink
 
 OPTIONS = [(group, name) for group, names in group_options([CONF]).items() for name in names]
@@ -137,13 +139,32 @@ def test_overrides_go_on_top_of_a_saved_configuration(tmp_path: Path) -> None:
     assert (config.optimizer.lr, config.train.max_steps) == (1e-7, 3)
 
 
+def test_a_saved_run_moves_to_other_hardware_with_its_batch(tmp_path: Path) -> None:
+    saved = with_global_batch(compose(["optimizer.lr=1e-7", "train.per_device_batch_size=32"]))
+    (tmp_path / "config.yaml").write_text(to_yaml(saved))
+    moved = from_saved(tmp_path, ["hardware=tpu_v4_32", "mesh.ici.tensor=2"])
+    there = compose(["hardware=tpu_v4_32", "mesh.ici.tensor=2"])
+    assert (moved.hardware, moved.mesh) == (there.hardware, there.mesh)
+    assert (moved.train, moved.optimizer) == (saved.train, saved.optimizer)
+    assert identity(moved) == identity(saved)
+    assert from_saved(tmp_path, ["mesh=fsdp"]).hardware == saved.hardware
+    with pytest.raises(ConfigError, match="must be a multiple of mesh data x fsdp = 64"):
+        from_saved(tmp_path, ["hardware=gpu_h100_8x8"])
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
         ("optimizer.lrr=1", "did you mean optimizer.lr"),
         ("optimizer.lr=abc", "must be a number"),
         ("optimizer.b1=1", "must be at least 0 and below 1"),
-        ("model=sd21", "no options to choose from; set its keys: model."),
+        (
+            "model=sd21",
+            r"model=sd21: a saved configuration has made this choice; set its keys \(model.…\);"
+            " hardware, mesh or attention may be chosen anew.",
+        ),
+        ("experiment=finetune_sd21", "a saved configuration has made this choice"),
+        ("hydra.verbose=true", "hydra: unknown key"),
     ],
 )
 def test_bad_overrides_of_a_saved_configuration(
@@ -165,11 +186,11 @@ def test_a_saved_file_may_lack_keys_added_since_but_not_hold_unknown_ones(tmp_pa
         from_saved(tmp_path / "odd.yaml")
 
 
-def test_a_saved_file_of_a_newer_sdx_is_refused(tmp_path: Path) -> None:
+def test_a_saved_file_of_another_sdx_is_refused(tmp_path: Path) -> None:
     saved = yaml.safe_load(to_yaml(compose([])))
     newer = saved | {"schema_version": SCHEMA_VERSION + 1}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(newer))
-    with pytest.raises(ConfigError, match="newer than this sdx, which knows 1; update sdx"):
+    with pytest.raises(ConfigError, match="is not known to this sdx, which writes 1; use the sdx"):
         from_saved(tmp_path)
 
 
@@ -187,11 +208,18 @@ def test_a_saved_file_of_an_older_sdx_is_migrated(
     assert (config.train.max_steps, config.schema_version) == (77, SCHEMA_VERSION)
 
 
-@pytest.mark.parametrize("content", ["[1, 2]", "hello"])
+@pytest.mark.parametrize("content", ["[1, 2]", "hello", "a: [", "schema_version: x"])
 def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(ConfigError):
         from_saved(tmp_path)
+
+
+def test_the_same_file_in_conf_of_the_current_folder_is_no_fault(tmp_path: Path) -> None:
+    file = tmp_path / "mesh" / "single.yaml"
+    file.parent.mkdir()
+    file.write_bytes((CONF / "mesh" / "single.yaml").read_bytes())
+    compose([], config_dir=tmp_path)
 
 
 def test_every_group_but_the_presets_has_a_default() -> None:

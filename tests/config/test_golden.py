@@ -16,7 +16,7 @@ from sdx.config.leaves import flatten
 
 FOLDER = Path(__file__).parent / "golden"
 HARDWARE = group_options([CONF])["hardware"]
-LARGE = [name for name in HARDWARE if name not in ("cpu", "gpu", "tpu")]
+LARGE = ["gpu_24gb_1", "gpu_24gb_2", "gpu_h100_8", "tpu_v4_32", "tpu_v5e_8"]
 SENSIBLE = {
     "base": ([], HARDWARE),
     "shapes_epsilon": (["experiment=shapes_epsilon"], ["cpu", "gpu_24gb_1"]),

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 
 from sdx.config import identity as module
-from sdx.config.compose import compose
 from sdx.config.identity import differences, folder_names, identity, run_folder_name
 from sdx.config.leaves import leaves
 from sdx.config.resolve import with_global_batch
 from sdx.config.schema import OnResume
+from tests.config.quick import quick
 
 pytestmark = pytest.mark.fast
 
@@ -17,7 +17,7 @@ BASE = ["train.max_steps=100", "train.per_device_batch_size=16"]
 
 
 def hash_of(*overrides: str) -> str:
-    return identity(compose([*BASE, *overrides]))
+    return identity(quick([*BASE, *overrides]))
 
 
 SAME_RUN = [
@@ -78,7 +78,7 @@ def test_the_spelling_of_a_value_does_not_matter() -> None:
 
 
 def test_what_the_model_implies_equals_what_is_spelled_out() -> None:
-    config = compose(BASE)
+    config = quick(BASE)
     spelled = [
         f"data.resolution={config.model.resolution}",
         f"diffusion.prediction_type={config.model.prediction_type.name}",
@@ -108,13 +108,13 @@ def test_a_warm_up_counts_in_steps() -> None:
 
 
 def test_keys_without_effect_do_not_count() -> None:
-    config = compose(BASE)
+    config = quick(BASE)
     idle = dataclasses.replace(config, data=dataclasses.replace(config.data, caption_column="x"))
     assert identity(idle) == identity(config)
 
 
 def test_a_key_added_later_is_left_out_at_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = compose(BASE)
+    config = quick(BASE)
     before = identity(config)
     known = dict(leaves())
     added = dataclasses.replace(known["optimizer.eps"], path="optimizer.added", default=7)
@@ -127,7 +127,7 @@ def test_a_key_added_later_is_left_out_at_its_default(monkeypatch: pytest.Monkey
 
 
 def test_the_batch_of_unnamed_hardware_needs_the_number_of_devices() -> None:
-    config = compose([*BASE, "hardware=gpu"])
+    config = quick([*BASE, "hardware=gpu"])
     with pytest.raises(ValueError, match=r"train.global_batch_size: missing, hardware=gpu"):
         identity(config)
     assert identity(config, num_devices=1) == hash_of()
@@ -135,25 +135,25 @@ def test_the_batch_of_unnamed_hardware_needs_the_number_of_devices() -> None:
 
 
 def test_folder_names() -> None:
-    config = compose(BASE)
+    config = quick(BASE)
     assert run_folder_name(config) == f"tiny-shapes-{hash_of()}"
-    assert run_folder_name(compose([*BASE, "run.name=mine"])) == "mine"
+    assert run_folder_name(quick([*BASE, "run.name=mine"])) == "mine"
 
 
 def test_jobs_of_a_sweep_get_folders_of_their_own() -> None:
     lines = [["optimizer.lr=1e-5"], ["optimizer.lr=1e-6"]]
-    names = folder_names([compose([*BASE, *line]) for line in lines], lines)
+    names = folder_names([quick([*BASE, *line]) for line in lines], lines)
     assert names == [f"tiny-shapes-{hash_of(*line)}" for line in lines]
-    named = [compose([*BASE, "run.name=mine", *line]) for line in lines]
+    named = [quick([*BASE, "run.name=mine", *line]) for line in lines]
     assert folder_names(named, lines) == [f"mine-{hash_of(*line)}" for line in lines]
     outside = [["sample.num_steps=5", "run.seed=3"], ["sample.num_steps=6", "run.seed=3"]]
-    names = folder_names([compose([*BASE, *line]) for line in outside], outside)
+    names = folder_names([quick([*BASE, *line]) for line in outside], outside)
     stem = f"tiny-shapes-{hash_of('run.seed=3')}"
     assert names == [f"{stem}-sample.num_steps=5", f"{stem}-sample.num_steps=6"]
 
 
 def changed(old: list[str], new: list[str]) -> dict[str, OnResume]:
-    found = differences(compose([*BASE, *old]), compose([*BASE, *new]))
+    found = differences(quick([*BASE, *old]), quick([*BASE, *new]))
     return {item.path: item.on_resume for item in found}
 
 
@@ -180,6 +180,6 @@ def test_a_longer_decay_is_said_and_other_hardware_with_the_same_batch_is_free()
 
 
 def test_a_difference_reads_as_typed() -> None:
-    [difference] = differences(compose(BASE), compose([*BASE, "train.max_steps=300"]))
+    [difference] = differences(quick(BASE), quick([*BASE, "train.max_steps=300"]))
     assert str(difference) == "train.max_steps: 100 -> 300"
-    assert differences(compose(BASE), compose(BASE)) == []
+    assert differences(quick(BASE), quick(BASE)) == []

@@ -5,15 +5,15 @@ import dataclasses
 import pytest
 
 from sdx.config import resolve
-from sdx.config.compose import compose
 from sdx.config.schema import Config, PredictionType
+from tests.config.quick import quick
 
 pytestmark = pytest.mark.fast
 
 
 @pytest.fixture(scope="module")
 def base() -> Config:
-    return compose(["model=sd21", "hardware=gpu_h100_8"])
+    return quick(["model=sd21", "hardware=gpu_h100_8"])
 
 
 def changed(config: Config, **groups: dict) -> Config:
@@ -40,8 +40,8 @@ def test_factors_of_stable_diffusion(base: Config) -> None:
 
 def test_activations_are_bfloat16_on_accelerators(base: Config) -> None:
     assert resolve.activations_dtype(base) == "bfloat16"
-    assert resolve.activations_dtype(compose([])) == "float32"
-    assert resolve.activations_dtype(compose(["model.activations_dtype=bfloat16"])) == "bfloat16"
+    assert resolve.activations_dtype(quick([])) == "float32"
+    assert resolve.activations_dtype(quick(["model.activations_dtype=bfloat16"])) == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,12 @@ def test_steps_follow_from_epochs_unless_given(base: Config) -> None:
 
 
 def test_schedule_steps() -> None:
-    cosine = compose(["lr_schedule=cosine", "lr_schedule.warmup_fraction=0.1"])
+    cosine = quick(["lr_schedule=cosine", "lr_schedule.warmup_fraction=0.1"])
     assert resolve.decay_steps(cosine, 200) == 200
     assert resolve.warmup_steps(cosine, 200) == 20
     longer = changed(cosine, lr_schedule={"decay_steps": 500})
     assert (resolve.decay_steps(longer, 200), resolve.warmup_steps(longer, 200)) == (500, 50)
-    assert resolve.warmup_steps(compose([]), 200) == 0
+    assert resolve.warmup_steps(quick([]), 200) == 0
 
 
 def test_the_learning_rate_scales_with_the_batch_only_on_request(base: Config) -> None:
@@ -103,7 +103,7 @@ def test_the_learning_rate_scales_with_the_batch_only_on_request(base: Config) -
 
 
 def test_the_judge_is_off_without_pictures_or_shapes() -> None:
-    assert resolve.num_adherence_prompts(compose([])) == 200
-    assert resolve.num_adherence_prompts(compose(["sample.every=null"])) == 0
+    assert resolve.num_adherence_prompts(quick([])) == 200
+    assert resolve.num_adherence_prompts(quick(["sample.every=null"])) == 0
     photos = ["data=imagefolder", "data.dir=photos"]
-    assert resolve.num_adherence_prompts(compose(photos)) == 0
+    assert resolve.num_adherence_prompts(quick(photos)) == 0
