@@ -166,12 +166,12 @@ class Pipeline:
         size = min(self.batch_size, len(prompts))
         drawn = []
         for start in range(0, len(prompts), size):
-            rows = np.minimum(np.arange(start, start + size), len(prompts) - 1)  # the last repeats
+            rows = [min(row, len(prompts) - 1) for row in range(start, start + size)]
             context, negative_context = (
                 self.encode_text(self.tokenize([texts[row] for row in rows]))
                 for texts in (prompts, negatives)
             )
-            clean = draw(self._place(latents[rows]), context, negative_context)
+            clean = draw(self._place(np.asarray(latents)[rows]), context, negative_context)
             clean = np.asarray(jax.device_get(clean)) / self.scaling_factor
             drawn.append(clean if output == "latents" else np.asarray(self.decode_latents(clean)))
         return np.concatenate(drawn)[: len(prompts)].astype(np.float32)

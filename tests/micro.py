@@ -46,7 +46,7 @@ def micro_model() -> schema.ModelConfig:
 
 def micro_config(**train: Any) -> schema.Config:
     """A whole configuration around the micro-model; keywords change `train.*`."""
-    batch = {"global_batch_size": BATCH_SIZE, "max_steps": 10}
+    batch: dict[str, Any] = {"global_batch_size": BATCH_SIZE, "max_steps": 10}
     return schema.Config(
         model=micro_model(),
         data=schema.DataConfig(kind=schema.DataKind.shapes, num_examples=64),

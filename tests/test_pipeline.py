@@ -86,8 +86,8 @@ def test_guided_trajectory_is_diffusers(
 ) -> None:
     """Ten guided DDIM steps from the same noise, latents and then pixels."""
     with warnings.catch_warnings(action="ignore"):
-        from diffusers import DDIMScheduler
-    scheduler = DDIMScheduler(**SCHEDULER)
+        diffusers: Any = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(**SCHEDULER)
     scheduler.set_timesteps(10)
     start = normal(2, 3, 8, 8, 4)
     tokens = torch.tensor(np.concatenate([pipe.tokenize(["dull"] * 3), pipe.tokenize(PROMPTS)]))
@@ -104,7 +104,7 @@ def test_guided_trajectory_is_diffusers(
 
 
 def test_pictures_depend_on_seed_and_place_alone(pipe: Pipeline) -> None:
-    draw = {"num_steps": 2, "seed": 3}
+    draw: dict[str, Any] = {"num_steps": 2, "seed": 3}
     whole = pipe.sample(PROMPTS, **draw)
     assert whole.shape == (3, 16, 16, 3) and whole.dtype == np.float32
     np.testing.assert_array_equal(whole, pipe.sample(PROMPTS, **draw))

@@ -8,6 +8,7 @@ does with the axes is in sharding.py.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -17,6 +18,8 @@ from sdx.config.schema import HardwareConfig, MeshAxes, MeshConfig, Platform
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+
+Device = Any  # jax.Device, which is a variable to type checkers
 
 
 class MeshError(ValueError):
@@ -35,7 +38,7 @@ def claim_devices(hardware: HardwareConfig) -> None:
 
 
 def make_mesh(
-    mesh: MeshConfig, hardware: HardwareConfig, devices: Sequence[jax.Device] | None = None
+    mesh: MeshConfig, hardware: HardwareConfig, devices: Sequence[Device] | None = None
 ) -> Mesh:
     """A mesh with axes data, fsdp, tensor (Auto) over `devices`, by default all that JAX has.
 
@@ -87,7 +90,7 @@ def _refuse(axis: str, size: int, num_devices: int, rest: int, hardware_name: st
     )
 
 
-def _found(hardware: HardwareConfig) -> list[jax.Device]:
+def _found(hardware: HardwareConfig) -> list[Device]:
     """The devices JAX has; on CPU as many of them as asked for, since there they are virtual."""
     devices = jax.devices()
     if hardware.platform is Platform.cpu and devices[0].platform == "cpu":
@@ -95,7 +98,7 @@ def _found(hardware: HardwareConfig) -> list[jax.Device]:
     return devices
 
 
-def _check_devices(hardware: HardwareConfig, devices: Sequence[jax.Device]) -> Sequence[jax.Device]:
+def _check_devices(hardware: HardwareConfig, devices: Sequence[Device]) -> Sequence[Device]:
     found = devices[0]
     faults = []
     if found.platform != hardware.platform.name:

@@ -5,13 +5,18 @@ import io
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+# protobuf makes these classes when it is imported, where type checkers do not see them
+Event: Any = vars(event_pb2)["Event"]
+SessionLog: Any = vars(event_pb2)["SessionLog"]
+Summary: Any = vars(summary_pb2)["Summary"]
 
 
 class TensorBoardSink:
@@ -39,6 +44,6 @@ class TensorBoardSink:
     def close(self) -> None:
         self._writer.close()
 
-    def _add(self, step: int, **content: SessionLog | Summary) -> None:
+    def _add(self, step: int, **content: Any) -> None:
         self._writer.add_event(Event(wall_time=time.time(), step=step, **content))
         self._writer.flush()

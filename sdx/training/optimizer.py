@@ -45,12 +45,12 @@ def adamw(
         zeros = [jax.tree.map(jnp.zeros_like, params) for _ in range(2)]
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), *zeros)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.OptState]:
         count = state.count + 1
         correct1, correct2 = _bias_correction(b1, count), _bias_correction(b2, count)
         rate = lr(state.count)
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
-        nu = jax.tree.map(lambda n, g: b2 * n + (1 - b2) * g * g, state.nu, grads)
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
+        nu = jax.tree.map(lambda n, g: b2 * n + (1 - b2) * g * g, state.nu, updates)
 
         def change(m: Array, n: Array, p: Array) -> Array:
             return -rate * (m / correct1 / (jnp.sqrt(n / correct2) + eps) + decay * p)

@@ -97,11 +97,12 @@ class Program:
         weights: Float32[np.ndarray, " b"],
     ) -> Batch:
         """The global batch of which these are this host's rows."""
-        local = Batch(images, tokens, weights)  # type: ignore[arg-type]
-        return jax.tree.map(
-            lambda x, like: jax.make_array_from_process_local_data(like.sharding, x, like.shape),
-            local,
-            self.abstract_batch,
+        rows = (images, tokens, weights)
+        return Batch(
+            *(
+                jax.make_array_from_process_local_data(like.sharding, x, like.shape)
+                for x, like in zip(rows, self.abstract_batch, strict=True)
+            )
         )
 
     def lower(self) -> tuple[Lowered, Lowered]:
@@ -212,12 +213,15 @@ def _initial(rule: StepRule, ema: bool, unet: Params) -> TrainState:
 
 def _abstract_batch(config: Config, mesh: Mesh, batch_size: int) -> Batch:
     side, length = resolve.resolution(config), config.model.text_encoder.max_position_embeddings
-    channels = config.model.vae.in_channels
     place = sharding.batch_sharding(mesh)
-    return Batch(  # type: ignore[arg-type]
-        images=jax.ShapeDtypeStruct((batch_size, side, side, channels), jnp.uint8, sharding=place),
-        tokens=jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=place),
-        weights=jax.ShapeDtypeStruct((batch_size,), jnp.float32, sharding=place),
+
+    def rows(*shape: int, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=place)
+
+    return Batch(
+        images=rows(side, side, config.model.vae.in_channels, dtype=jnp.uint8),
+        tokens=rows(length, dtype=jnp.int32),
+        weights=rows(dtype=jnp.float32),
     )
 
 

@@ -9,10 +9,8 @@ from sdx.parallel.mesh import MeshError, axis_sizes, make_mesh
 pytestmark = pytest.mark.fast
 
 
-def cpu(num_devices: int | None = None, **changes: object) -> HardwareConfig:
-    return HardwareConfig(
-        **{"name": "cpu", "platform": Platform.cpu, "num_devices": num_devices} | changes
-    )  # type: ignore[arg-type]
+def cpu(num_devices: int) -> HardwareConfig:
+    return HardwareConfig(name="cpu", platform=Platform.cpu, num_devices=num_devices)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +68,9 @@ def test_sizes_that_do_not_fit_are_refused(axes: MeshAxes, message: str) -> None
 
 
 def test_another_machine_is_an_error_that_says_what_to_do() -> None:
-    hardware = cpu(16, name="tpu_v4_32", platform=Platform.tpu, device_kind="TPU v4")
+    hardware = HardwareConfig(
+        name="tpu_v4_32", platform=Platform.tpu, device_kind="TPU v4", num_devices=16
+    )
     with pytest.raises(MeshError) as error:
         make_mesh(MeshConfig(ici=MeshAxes()), hardware)
     message = str(error.value)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from sdx.config.schema import ActivationsDtype, Config, Remat
 from sdx.parallel import sharding
@@ -93,9 +94,10 @@ def test_eight_devices_say_what_one_says(
         assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
     kernel = state.params["unet"]["mid_block"]["resnets"]["0"]["conv1"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 2
-    query = state.opt_state.mu["unet"]["mid_block"]["attentions"]["0"]["transformer_blocks"]["0"][
-        "attn1"
-    ]["to_q"]["kernel"]
+    moments: Any = state.opt_state
+    query = moments.mu["unet"]["mid_block"]["attentions"]["0"]["transformer_blocks"]["0"]["attn1"][
+        "to_q"
+    ]["kernel"]
     assert query.addressable_shards[0].data.size == query.size // 4
 
 
@@ -144,7 +146,7 @@ class compilation_cache:
         self.folder = folder
 
     def __enter__(self) -> None:
-        self.before = jax.config.jax_compilation_cache_dir
+        self.before = jax.config.values["jax_compilation_cache_dir"]
         self._set(str(self.folder))
 
     def __exit__(self, *_: object) -> None:
@@ -152,7 +154,7 @@ class compilation_cache:
 
     def _set(self, folder: str | None) -> None:
         jax.config.update("jax_compilation_cache_dir", folder)
-        jax.experimental.compilation_cache.compilation_cache.reset_cache()
+        reset_cache()
 
 
 def test_random_start_is_a_function_of_the_seed() -> None:
