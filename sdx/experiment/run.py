@@ -286,7 +286,7 @@ class Attempt:
     def _should_stop(self, stop: StopFlag) -> bool:
         if self.record.lock.lost:
             raise FolderLost(
-                f"{self.setup.paths.root}: another process took the folder over while this one gave "
+                f"{self.setup.paths.root}: another process took the folder while this one gave "
                 "no sign of life; it goes on there, nothing more is written here."
             )
         return stop.requested

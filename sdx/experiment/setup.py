@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from sdx.config import resolve
 from sdx.config.identity import run_folder_name
-from sdx.config.schema import Config
+from sdx.config.schema import Config, Init
 from sdx.data.loader import open_source
 from sdx.data.source import DataError, FirstExamples, Source
 from sdx.data.tokenizer import Tokenizer, load_tokenizer
@@ -19,6 +19,7 @@ from sdx.parallel.mesh import MeshError, claim_devices, make_mesh
 from sdx.record.lock import RefusedStart
 from sdx.record.paths import RunPaths
 from sdx.training.program import BatchError, check_batch
+from sdx.weights.configs import check_folder
 from sdx.weights.errors import WeightsError
 from sdx.weights.load import resolve_folder
 
@@ -47,6 +48,7 @@ def prepare(config: Config) -> Setup:
     config = resolve.with_global_batch(config, mesh.size)
     check_batch(config, mesh, resolve.global_batch_size(config))
     weights = resolve_folder(config.model.pretrained)
+    check_folder(weights, config.model, reads_unet=config.model.init is Init.pretrained)
     length = config.model.text_encoder.max_position_embeddings
     tokenizer = load_tokenizer(weights / "tokenizer", max_length=length)
     source = open_source(config.data, resolution=resolve.resolution(config))

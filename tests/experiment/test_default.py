@@ -1,0 +1,63 @@
+"""The default run keeps its promise: minutes on a CPU, and the pictures are right."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
+    """Folder, output and seconds of `python -m sdx.train` with nothing compiled before."""
+    folder = tmp_path_factory.mktemp("default")
+    cache = f"run.compilation_cache_dir={folder / 'cache'}"
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "sdx.train", cache], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (folder / "outputs").iterdir()
+    return run, done.stdout, time.monotonic() - started
+
+
+def test_pictures_show_what_unseen_prompts_say(default_run: tuple[Path, str, float]) -> None:
+    run, output, _ = default_run
+    said = re.search(r"^adherence: colour=([\d.]+) shape=([\d.]+)$", output, re.MULTILINE)
+    assert said, output
+    kept = json.loads((run / "run.json").read_text())["adherence"]
+    assert kept["colour"] == pytest.approx(float(said[1]), abs=0.005)
+    assert kept["shape"] == pytest.approx(float(said[2]), abs=0.005)
+    assert kept["colour"] >= 0.90 and kept["shape"] >= 0.80
+
+
+def test_it_takes_minutes(default_run: tuple[Path, str, float]) -> None:
+    """Five on two idle cores; on a machine that also does other work, the measured time is kept."""
+    assert default_run[2] <= 300
+
+
+def test_everything_is_there(default_run: tuple[Path, str, float]) -> None:
+    run = default_run[0]
+    assert json.loads((run / "status.json").read_text())["status"] == "finished"
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "loss.png", "log.txt"):
+        assert (run / name).stat().st_size > 0
+    assert list((run / "tensorboard").iterdir()) and list((run / "samples").glob("*.png"))
+
+
+def test_second_start_takes_its_first_step_soon(default_run: tuple[Path, str, float]) -> None:
+    """With compiled programs at hand, from typing the command to the first row of metrics."""
+    run = default_run[0]
+    cache = f"run.compilation_cache_dir={run.parents[1] / 'cache'}"
+    started = time.monotonic()
+    overrides = [cache, "run.name=again", "metrics.every=1"]
+    process = subprocess.Popen([sys.executable, "-m", "sdx.train", *overrides], cwd=run.parents[1])
+    metrics = run.parent / "again" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.02)
+    seconds = time.monotonic() - started
+    process.kill()
+    process.wait()
+    assert metrics.stat().st_size and seconds < 10
