@@ -301,11 +301,12 @@ def mesh_axes(config: Config) -> dict[str, int]:
 
 def _mesh_size(config: Config, axes: dict[str, int], devices: int) -> Iterator[Problem]:
     named = f"{devices} device{'s' * (devices > 1)} of hardware={config.hardware.name}"
-    divisors = [size for size in range(1, devices + 1) if devices % size == 0]
     odd = [name for name, size in axes.items() if size > 0 and devices % size]
     for name in odd:
         rule = f"must divide the {named}"
-        yield Problem(f"mesh.ici.{name}", str(axes[name]), rule, f"use {any_of(divisors)}")
+        yield Problem(
+            f"mesh.ici.{name}", str(axes[name]), rule, f"use {any_of(_divisors(devices))}"
+        )
     product = 1
     for size in axes.values():
         product *= max(size, 1)
@@ -318,6 +319,11 @@ def _mesh_size(config: Config, axes: dict[str, int], devices: int) -> Iterator[P
         else f"use mesh=dp, mesh=fsdp or axes whose product is {devices}"
     )
     yield Problem("mesh.ici", None, f"{sizes} is {product}, but there are {named}", fix)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def _batch(config: Config) -> Iterator[Problem]:
