@@ -9,6 +9,7 @@ biases (torch/nn/modules/linear.py and conv.py, `reset_parameters`).
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -60,9 +61,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         dtype = self.numerics.dtype
-        y = jnp.matmul(
-            x.astype(dtype), self.kernel[...].astype(dtype), precision=self.numerics.precision
-        )
+        y = _product(x.astype(dtype), self.kernel[...].astype(dtype), self.numerics.precision)
         return y if self.bias is None else y + _across(self.bias[...].astype(dtype), y)
 
 
@@ -93,7 +92,7 @@ class Conv2d(nnx.Module):
         dtype, precision = self.numerics.dtype, self.numerics.precision
         kernel = self.kernel[...].astype(dtype)
         if self.is_product:
-            y = jnp.matmul(x.astype(dtype), kernel[0, 0], precision=precision)
+            y = _product(x.astype(dtype), kernel[0, 0], precision)
         else:
             y = jax.lax.conv_general_dilated(
                 x.astype(dtype),
@@ -117,10 +116,21 @@ class GroupNorm(nnx.Module):
         self.dtype = numerics.dtype
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        b, h, w, c = x.shape
-        grouped = x.astype(jnp.float32).reshape(b, h * w, self.num_groups, c // self.num_groups)
-        normal = _standardise(grouped, (1, 3), self.eps).reshape(b, h, w, c)
-        return _scale_and_shift(normal, self.scale[...], self.bias[...]).astype(self.dtype)
+        x = x.astype(jnp.float32)
+        centred = x - self._group_mean(x)
+        rate = jax.lax.rsqrt(self._group_mean(jnp.square(centred)) + self.eps)
+        scale = rate * _across(self.scale[...].astype(x.dtype), x)
+        return (centred * scale + _across(self.bias[...].astype(x.dtype), x)).astype(self.dtype)
+
+    def _group_mean(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 1 1 c"]:
+        """The mean of each channel's group over all pixels.
+
+        Pixels first, then the few channels of a group: a sum over both at once has an inner loop
+        as long as a group is wide (2 here) and made norm and SiLU 2.6 times slower on CPU.
+        """
+        b, _, _, c = x.shape
+        per_group = jnp.mean(x, (1, 2)).reshape(b, self.num_groups, -1).mean(-1)
+        return jnp.repeat(per_group, c // self.num_groups, axis=-1)[:, None, None, :]
 
 
 class LayerNorm(nnx.Module):
@@ -133,8 +143,13 @@ class LayerNorm(nnx.Module):
         self.dtype = numerics.dtype
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        normal = _standardise(x.astype(jnp.float32), (-1,), self.eps)
-        return _scale_and_shift(normal, self.scale[...], self.bias[...]).astype(self.dtype)
+        x = x.astype(jnp.float32)
+        centred = x - jnp.mean(x, -1, keepdims=True)
+        normal = centred * jax.lax.rsqrt(
+            jnp.mean(jnp.square(centred), -1, keepdims=True) + self.eps
+        )
+        scale, bias = (_across(p[...].astype(x.dtype), x) for p in (self.scale, self.bias))
+        return (normal * scale + bias).astype(self.dtype)
 
 
 class Embedding(nnx.Module):
@@ -244,14 +259,44 @@ def draw(law: str, key: Array | None, shape: tuple[int, ...]) -> Float[Array, "*
     return jax.random.normal(key, shape)
 
 
-def _standardise(x: Array, axes: tuple[int, ...], eps: float) -> Array:
-    """Two passes, mean first: one pass cancels the variance away where the mean is large."""
-    centred = x - jnp.mean(x, axes, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axes, keepdims=True) + eps)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(
+    x: Float[Array, "*batch i"], kernel: Float[Array, "i o"], precision: jax.lax.Precision
+) -> Float[Array, "*batch o"]:
+    """`x @ kernel` as a product of two matrices, backwards as well.
+
+    Left to autodiff, XLA:CPU copies the cotangent into a transposed layout (and computes what it
+    fused into that copy column by column) before the kernel's gradient: 17 against 6 ms of CPU
+    for 4096 x 64 @ 64 x 512, forward and backward.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    return _contract(rows, kernel, 1, 0, precision).reshape(*x.shape[:-1], kernel.shape[1])
 
 
-def _scale_and_shift(x: Array, scale: Array, bias: Array) -> Array:
-    return x * _across(scale.astype(x.dtype), x) + _across(bias.astype(x.dtype), x)
+def _product_forward(
+    x: Array, kernel: Array, precision: jax.lax.Precision
+) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, kernel, precision), (x, kernel)
+
+
+def _product_backward(
+    precision: jax.lax.Precision, operands: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
+    x, kernel = operands
+    rows, cotangents = (y.reshape(-1, y.shape[-1]) for y in (x, cotangent))
+    to_x = _contract(cotangents, kernel, 1, 1, precision).reshape(x.shape)
+    return to_x, _contract(rows, cotangents, 0, 0, precision)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _contract(
+    left: Array, right: Array, left_dim: int, right_dim: int, precision: jax.lax.Precision
+) -> Array:
+    """The product of two matrices over the named dims."""
+    dims = (((left_dim,), (right_dim,)), ((), ()))
+    return jax.lax.dot_general(left, right, dims, precision=precision)
 
 
 def _across(per_channel: Array, x: Array) -> Array:
