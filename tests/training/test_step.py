@@ -22,6 +22,7 @@ from sdx.config.schema import (
     OptimizerKind,
     PredictionType,
 )
+from sdx.diffusion.objective import latents_and_noise
 from sdx.diffusion.schedule import make_schedule
 from sdx.training import step as steps
 from sdx.training.optimizer import make_lr_schedule, make_optimizer
@@ -233,6 +234,21 @@ def test_draws_have_the_moments_they_should() -> None:
     expected = size / 10
     assert ((counts - expected) ** 2 / expected).sum() < 27.9  # chi-square, 9 degrees, 0.1 %
     assert drawn.timesteps.min() >= 0 and drawn.timesteps.max() <= 999
+
+
+@pytest.mark.parametrize("kind", PredictionType)
+def test_latents_are_scaled_and_noised_as_the_target_says(kind: PredictionType) -> None:
+    rule = make_rule(prediction_type=kind)
+    moments, context, weights = make_batch()
+    mean, _ = jnp.split(moments, 2, axis=-1)
+    certain = jnp.concatenate([mean, jnp.full_like(mean, -100.0)], axis=-1)  # clipped to -30
+    drawn = steps.draw_examples(rule, jnp.int32(2), certain, context, weights)
+    latents, noise = latents_and_noise(
+        kind, rule.schedule, drawn.target, drawn.noisy, drawn.timesteps
+    )
+    np.testing.assert_allclose(latents, 0.18215 * mean, atol=1e-4)
+    expected = jax.random.normal(steps.stream(steps.step_key(7, jnp.int32(2)), "noise"), mean.shape)
+    np.testing.assert_allclose(noise, expected, atol=1e-3)
 
 
 def test_overfits_one_batch_and_says_the_same_twice() -> None:
