@@ -59,6 +59,7 @@ class HiddenAct(Enum):
 class AttentionKind(Enum):
     auto = "auto"
     dot_product = "dot_product"
+    per_head = "per_head"
 
 
 class DataKind(Enum):

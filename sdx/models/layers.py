@@ -249,6 +249,14 @@ def timestep_embedding(
     return jnp.concatenate(waves[::-1] if flip_sin_to_cos else waves, axis=-1)
 
 
+def contract(
+    left: Array, right: Array, left_dim: int, right_dim: int, precision: jax.lax.Precision
+) -> Array:
+    """The product of two matrices over one dim of each."""
+    dims = (((left_dim,), (right_dim,)), ((), ()))
+    return jax.lax.dot_general(left, right, dims, precision=precision)
+
+
 def draw(law: str, key: Array | None, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
     """One float32 draw of an `Initial.law`; a constant needs no key."""
     if law == "constant":
@@ -270,7 +278,7 @@ def _product(
     for 4096 x 64 @ 64 x 512, forward and backward.
     """
     rows = x.reshape(-1, x.shape[-1])
-    return _contract(rows, kernel, 1, 0, precision).reshape(*x.shape[:-1], kernel.shape[1])
+    return contract(rows, kernel, 1, 0, precision).reshape(*x.shape[:-1], kernel.shape[1])
 
 
 def _product_forward(
@@ -284,19 +292,11 @@ def _product_backward(
 ) -> tuple[Array, Array]:
     x, kernel = operands
     rows, cotangents = (y.reshape(-1, y.shape[-1]) for y in (x, cotangent))
-    to_x = _contract(cotangents, kernel, 1, 1, precision).reshape(x.shape)
-    return to_x, _contract(rows, cotangents, 0, 0, precision)
+    to_x = contract(cotangents, kernel, 1, 1, precision).reshape(x.shape)
+    return to_x, contract(rows, cotangents, 0, 0, precision)
 
 
 _product.defvjp(_product_forward, _product_backward)
-
-
-def _contract(
-    left: Array, right: Array, left_dim: int, right_dim: int, precision: jax.lax.Precision
-) -> Array:
-    """The product of two matrices over the named dims."""
-    dims = (((left_dim,), (right_dim,)), ((), ()))
-    return jax.lax.dot_general(left, right, dims, precision=precision)
 
 
 def _across(per_channel: Array, x: Array) -> Array:

@@ -1,5 +1,7 @@
 """Layers against torch's own, where the whole network could hide a difference."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,14 @@ import pytest
 import torch
 
 from sdx.config.schema import AttentionKind, Platform
-from sdx.models.attention import dot_product_attention, select_attention
+from sdx.models.attention import (
+    AttentionFn,
+    dot_product_attention,
+    per_head_attention,
+    select_attention,
+)
 from sdx.models.clip_text import exact_gelu, quick_gelu
-from sdx.models.layers import Conv2d, GroupNorm, LayerNorm, Numerics, timestep_embedding
+from sdx.models.layers import Conv2d, GroupNorm, LayerNorm, Linear, Numerics, timestep_embedding
 from sdx.models.module import pure
 
 pytestmark = pytest.mark.fast
@@ -84,6 +91,34 @@ def test_attention(is_causal: bool) -> None:
     q, k, v = (as_torch(x).transpose(1, 2) for x in (query, key, value))
     theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     np.testing.assert_allclose(ours, theirs.transpose(1, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [6, 512])  # below and above where heads are computed alone
+def test_per_head_attention_and_its_gradients(length: int) -> None:
+    operands = [normal(seed, 2, length, 2, 4) for seed in range(3)]
+
+    def outcome(attention: AttentionFn) -> list[jax.Array]:
+        def run(*args: jax.Array) -> jax.Array:
+            return attention(*args, upcast=False, precision=FLOAT32.precision)
+
+        y, pull_back = jax.vjp(run, *operands)
+        return [y, *pull_back(normal(3, *y.shape))]
+
+    for ours, plain in zip(
+        outcome(per_head_attention), outcome(dot_product_attention), strict=True
+    ):
+        np.testing.assert_allclose(ours, plain, atol=2e-6, rtol=1e-5)
+
+
+def test_product_and_its_gradients() -> None:
+    network = pure(lambda rngs: Linear(5, 7, numerics=FLOAT32, rngs=rngs))
+    params, x, cotangent = network.init(jax.random.key(0)), normal(0, 2, 3, 5), normal(1, 2, 3, 7)
+    y, pull_back = jax.vjp(network.apply, params, x)
+    plain, pull_plain = jax.vjp(lambda p, x: x @ p["kernel"] + p["bias"][None, None], params, x)
+    np.testing.assert_allclose(y, plain, atol=1e-6)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, atol=1e-5), pull_back(cotangent), pull_plain(cotangent)
+    )
 
 
 def test_activations() -> None:
