@@ -89,7 +89,7 @@ def to_yaml(config: Config) -> str:
 def typed(node: DictConfig) -> tuple[Config | None, list[Problem]]:
     """The plain dataclasses of a composed node, or what keeps it from becoming them."""
     try:
-        problems = [*_unknown(node, "conf"), *_missing(node)]
+        problems = list(_missing(node))
         if problems:
             return None, problems
         config = OmegaConf.to_object(node)
@@ -158,7 +158,7 @@ def _shadowing(folders: Sequence[Path]) -> Iterator[Problem]:
 
 
 def _unknown(node: Any, source: str) -> Iterator[Problem]:
-    """Keys outside the schema: `+stray.key=1` gets past Hydra, which adds what it does not know."""
+    """Keys of a saved file that the schema does not have, all of them."""
     known = {*leaves(), *groups()}
     for path in _paths(node):
         if path not in known:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose as hydra_compose
 
 from sdx.config import compose as composition
 from sdx.config.compose import compose, from_saved, to_yaml
@@ -220,6 +221,13 @@ def test_the_same_file_in_conf_of_the_current_folder_is_no_fault(tmp_path: Path)
     file.parent.mkdir()
     file.write_bytes((CONF / "mesh" / "single.yaml").read_bytes())
     compose([], config_dir=tmp_path)
+
+
+def test_hydra_writes_nothing_wherever_a_launcher_runs_it() -> None:
+    with composition.composing([CONF]):
+        hydra = hydra_compose(config_name="config", return_hydra_config=True).hydra
+    assert hydra.output_subdir is None and hydra.job.chdir is False and hydra.run.dir == "."
+    assert hydra.job_logging.root is None and hydra.hydra_logging.root is None
 
 
 def test_every_group_but_the_presets_has_a_default() -> None:
