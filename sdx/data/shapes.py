@@ -7,6 +7,7 @@ them show what was composed rather than remembered.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,8 +38,10 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "yellow": COLOURS["yellow"],
 }
 SHAPES = ("circle", "square", "triangle", "star")
-SIZES: dict[str, tuple[float, float]] = {"small": (0.20, 0.24), "large": (0.31, 0.37)}
+SIZES: dict[str, tuple[float, float]] = {"small": (0.20, 0.22), "large": (0.30, 0.32)}
 """Range of the radius of each size, as a share of the image's side."""
+GRID = 16
+"""Centres lie on the lines of a grid of this many cells a side; a finer one takes longer to learn."""
 
 HELD_OUT_EVERY = 5
 VERSION = 1
@@ -112,8 +115,8 @@ class ShapesSource:
         rng = np.random.default_rng((index, len(self._combinations)))
         attributes = self._combinations[rng.integers(len(self._combinations))]
         radius = rng.uniform(*SIZES[attributes.size])
-        reach = 1.25 * radius + 0.035  # no shape's corner is farther out than 1.25 radii
-        center = rng.uniform(reach, 1 - reach, 2) if reach < 0.5 else np.full(2, 0.5)
+        least = math.ceil(GRID * (1.25 * radius + 0.03))  # corners are at most 1.25 radii out
+        center = rng.integers(least, GRID - least, 2, endpoint=True) / GRID
         image = draw(attributes, radius, (center[0], center[1]), self._resolution)
         return Example(image=image, captions=(attributes.caption,))
 
