@@ -85,6 +85,7 @@ def train(
             batch = program.place_batch(host.images, host.tokens, host.weights)
             moments, context = program.encode(frozen, batch.images, batch.tokens)
             state, metrics = program.step(state, moments, context, batch.weights)
+            reporter.meter.count()
             step += 1
             if unread:
                 reporter.report(*unread)

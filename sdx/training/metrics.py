@@ -101,6 +101,7 @@ class StepMeter:
     def __init__(self, workload: Workload, clock: Callable[[], float] = time.perf_counter):
         self._workload = workload
         self._clock = clock
+        self._last: dict[str, float] | None = None
         self._restart()
 
     @contextmanager
@@ -118,12 +119,19 @@ class StepMeter:
         self._start += self._clock() - start
 
     def count(self) -> None:
-        """One more step was made."""
+        """One more step was dispatched."""
         self._num_steps += 1
 
     def rates(self) -> dict[str, float]:
         """Seconds a step, images and TFLOP a second, the share of time that waits for data,
-        memory."""
+        memory.
+
+        Steps count when they are dispatched: on CPU that is when they run, and a row is asked for
+        after the step behind it was dispatched. Asked again before another one was, it repeats
+        itself.
+        """
+        if self._last is not None and self._num_steps == 0:
+            return self._last
         elapsed = max(self._clock() - self._start, 1e-9)
         step_s = elapsed / max(self._num_steps, 1)
         work = self._workload
@@ -138,6 +146,7 @@ class StepMeter:
         if work.peak_tflops is not None:
             rates["mfu"] = tflops / work.peak_tflops
         self._restart()
+        self._last = rates
         return rates
 
     def _restart(self) -> None:
@@ -255,7 +264,6 @@ class Reporter:
         """Waits for `step` and reports it; raises TooManyBadSteps at the end of a row of bad
         ones."""
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        self.meter.count()
         bad_in_a_row = int(values.pop("bad_in_a_row"))
         is_bad = bool(values.pop("bad"))
         if step % self._every == 0 or step == self._max_steps or is_bad:

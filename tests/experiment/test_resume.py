@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -22,10 +23,11 @@ Rows = Callable[[Path], list[dict[str, Any]]]
 
 def arrays(run: Path, step: int) -> dict[str, np.ndarray]:
     """Every array of a checkpoint by path."""
-    import jax
-
+    folder = run / "checkpoints" / str(step) / "state"
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.restore(run / "checkpoints" / str(step) / "state")
+        stored = checkpointer.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+        tree = checkpointer.restore(folder, restore_args=as_numpy)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 

@@ -127,6 +127,8 @@ def test_rates_leave_out_what_is_not_stepping() -> None:
     clock.now += 1
     meter.count()
     assert meter.rates()["step_s"] == pytest.approx(1)
+    clock.now += 0.01  # a row asked for with no step dispatched since the one before
+    assert meter.rates()["step_s"] == pytest.approx(1)
     assert "mfu" not in make_meter(clock, peak_tflops=None).rates()
 
 
