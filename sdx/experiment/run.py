@@ -19,12 +19,13 @@ from sdx.config.compose import from_saved, to_yaml
 from sdx.config.errors import ConfigError
 from sdx.config.identity import differences
 from sdx.config.leaves import flatten
-from sdx.config.schema import Config, Init, OnResume, ResumePolicy
+from sdx.config.schema import Config, Init, OnResume, Platform, ResumePolicy
 from sdx.data.loader import make_loader
 from sdx.data.source import BadImage, DataError
 from sdx.experiment.compilation_cache import heal_compilation_cache
 from sdx.experiment.gallery import Gallery
 from sdx.experiment.setup import REFUSALS, Setup, prepare
+from sdx.parallel.memory import keep_freed_memory
 from sdx.parallel.stopping import EXIT_INTERRUPTED, StopFlag
 from sdx.pipeline import Params, make_pipeline
 from sdx.record.files import read_json, write_text
@@ -67,6 +68,8 @@ _FAULTS = (FolderLost, TooManyBadSteps, NoValidCheckpoint, CheckpointMismatch, D
 
 def run(config: Config, overrides: Sequence[str]) -> int:
     """Trains what `config` says, from where an earlier start stopped; returns the exit code."""
+    if config.hardware.platform is Platform.cpu:
+        keep_freed_memory()
     try:
         setup = prepare(config)
         record = _take_folder(setup, overrides)
