@@ -168,6 +168,8 @@ def test_micro_batches_equal_the_large_batch(pieces: int, unroll: bool) -> None:
 def test_an_example_of_weight_zero_changes_nothing() -> None:
     rule, (moments, context, _) = make_rule(), make_batch()
     weights = jnp.array([1.0, 1.0, 1.0, 0.0])
+    drawn = steps.draw_examples(rule, jnp.int32(0), moments, context, weights)
+    np.testing.assert_allclose(drawn.weights, [1 / 3, 1 / 3, 1 / 3, 0])  # a mean over good ones
     spoiled = moments.at[3].set(1e3)
     state, metrics = jitted(rule)(start(rule), moments, context, weights)
     other, other_metrics = jitted(rule)(start(rule), spoiled, context, weights)
