@@ -94,14 +94,7 @@ class Conv2d(nnx.Module):
         if self.is_product:
             y = _product(x.astype(dtype), kernel[0, 0], precision)
         else:
-            y = jax.lax.conv_general_dilated(
-                x.astype(dtype),
-                kernel,
-                window_strides=(self.stride, self.stride),
-                padding=self.padding,
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-                precision=precision,
-            )
+            y = _convolve(x.astype(dtype), kernel, self.stride, self.padding, precision)
         return y + _across(self.bias[...].astype(dtype), y)
 
 
@@ -173,7 +166,11 @@ class Upsample(nnx.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], size: tuple[int, int]
     ) -> Float[Array, "b h2 w2 c"]:
-        return self.conv(_nearest(x, size))
+        if size != (2 * x.shape[1], 2 * x.shape[2]):
+            return self.conv(_nearest(x, size))
+        dtype, precision = self.conv.numerics.dtype, self.conv.numerics.precision
+        y = _convolve_doubled(x.astype(dtype), self.conv.kernel[...].astype(dtype), precision)
+        return y + _across(self.conv.bias[...].astype(dtype), y)
 
 
 class Downsample(nnx.Module):
@@ -293,7 +290,10 @@ def _product_backward(
     x, kernel = operands
     rows, cotangents = (y.reshape(-1, y.shape[-1]) for y in (x, cotangent))
     to_x = contract(cotangents, kernel, 1, 1, precision).reshape(x.shape)
-    return to_x, contract(rows, cotangents, 0, 0, precision)
+    if x.shape[-1] <= cotangent.shape[-1]:
+        return to_x, contract(rows, cotangents, 0, 0, precision)
+    # The wider operand goes right, half the time for 4096 x 256; the barrier keeps it there.
+    return to_x, jax.lax.optimization_barrier(contract(cotangents, rows, 0, 0, precision)).T
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -305,12 +305,87 @@ def _across(per_channel: Array, x: Array) -> Array:
 
 
 def _nearest(x: Array, size: tuple[int, int]) -> Array:
-    b, h, w, c = x.shape
-    if size == (2 * h, 2 * w):  # a broadcast; the gather below costs ten times as much on CPU
-        doubled = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
-        return doubled.reshape(b, 2 * h, 2 * w, c)
+    h, w = x.shape[1:3]
     rows, columns = (jnp.arange(new) * old // new for new, old in zip(size, (h, w), strict=True))
     return x[:, rows][:, :, columns]
+
+
+def _convolve(
+    x: Array,
+    kernel: Array,
+    stride: int,
+    padding: tuple[tuple[int, int], tuple[int, int]],
+    precision: jax.lax.Precision,
+) -> Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision,
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve_doubled(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"], precision: jax.lax.Precision
+) -> Float[Array, "b h2 w2 o"]:
+    """A 3x3 convolution of `x` enlarged to twice its sides; `_by_phases` where that is faster.
+
+    The choice is made where the program is lowered, so a step compiled here for a TPU is the TPU's.
+    Its own backward, because autodiff would keep what either branch needs.
+    """
+    return jax.lax.platform_dependent(
+        x, kernel, cpu=partial(_by_phases, precision), default=partial(_enlarged, precision)
+    )
+
+
+def _convolve_doubled_forward(
+    x: Array, kernel: Array, precision: jax.lax.Precision
+) -> tuple[Array, tuple[Array, Array]]:
+    return _convolve_doubled(x, kernel, precision), (x, kernel)
+
+
+def _convolve_doubled_backward(
+    precision: jax.lax.Precision, operands: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
+    def pull_back(convolve: Any) -> Any:
+        return lambda *args: jax.vjp(partial(convolve, precision), *args[:2])[1](args[2])
+
+    return jax.lax.platform_dependent(
+        *operands, cotangent, cpu=pull_back(_by_phases), default=pull_back(_enlarged)
+    )
+
+
+_convolve_doubled.defvjp(_convolve_doubled_forward, _convolve_doubled_backward)
+
+
+def _enlarged(precision: jax.lax.Precision, x: Array, kernel: Array) -> Array:
+    b, h, w, c = x.shape
+    doubled = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+    return _convolve(doubled.reshape(b, 2 * h, 2 * w, c), kernel, 1, SAME, precision)
+
+
+def _by_phases(precision: jax.lax.Precision, x: Array, kernel: Array) -> Array:
+    """Each of the four pixels that one becomes sees two rows and two columns of `x`, through sums
+    of the kernel's: 4/9 of the work. 16 against 42 ms of CPU for 16x16x128, forward and backward.
+    """
+    b, h, w, _ = x.shape
+    pixels = [
+        _convolve(x, part.swapaxes(0, 1), 1, ((1 - row, row), (1 - column, column)), precision)
+        for row, rows in enumerate(_phases(kernel))
+        for column, part in enumerate(_phases(rows.swapaxes(0, 1)))
+    ]
+    grid = jnp.stack(pixels, axis=3).reshape(b, h, w, 2, 2, -1)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * h, 2 * w, -1)
+
+
+def _phases(kernel: Array) -> tuple[Array, Array]:
+    """Rows of a kernel that meet equal rows of the enlarged image, summed: the upper pixel's and
+    the lower pixel's."""
+    upper, middle, lower = kernel
+    return jnp.stack([upper, middle + lower]), jnp.stack([upper + middle, lower])
 
 
 def _uniform(

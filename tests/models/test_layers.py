@@ -16,7 +16,15 @@ from sdx.models.attention import (
     select_attention,
 )
 from sdx.models.clip_text import exact_gelu, quick_gelu
-from sdx.models.layers import Conv2d, GroupNorm, LayerNorm, Linear, Numerics, timestep_embedding
+from sdx.models.layers import (
+    Conv2d,
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    Numerics,
+    Upsample,
+    timestep_embedding,
+)
 from sdx.models.module import pure
 
 pytestmark = pytest.mark.fast
@@ -108,6 +116,26 @@ def test_per_head_attention_and_its_gradients(length: int) -> None:
         outcome(per_head_attention), outcome(dot_product_attention), strict=True
     ):
         np.testing.assert_allclose(ours, plain, atol=2e-6, rtol=1e-5)
+
+
+def test_convolution_of_an_enlarged_image_and_its_gradients() -> None:
+    network = pure(lambda rngs: Upsample(5, numerics=FLOAT32, rngs=rngs))
+    params, x = network.init(jax.random.key(0)), normal(0, 2, 3, 4, 5)
+    y, pull_back = jax.vjp(lambda p, x: network.apply(p, x, (6, 8)), params, x)
+    cotangent = normal(1, *y.shape)
+    leaf = as_torch(x).permute(0, 3, 1, 2).contiguous().requires_grad_()
+    kernel = as_torch(params["conv"]["kernel"]).permute(3, 2, 0, 1).contiguous().requires_grad_()
+    enlarged = torch.nn.functional.interpolate(leaf, scale_factor=2.0, mode="nearest")
+    bias = as_torch(params["conv"]["bias"])
+    theirs = torch.nn.functional.conv2d(enlarged, kernel, bias, padding=1)
+    theirs.backward(as_torch(cotangent).permute(0, 3, 1, 2))
+    assert leaf.grad is not None and kernel.grad is not None
+    to_params, to_x = pull_back(cotangent)
+    np.testing.assert_allclose(y, theirs.detach().permute(0, 2, 3, 1), atol=1e-5)
+    np.testing.assert_allclose(to_x, leaf.grad.permute(0, 2, 3, 1), atol=1e-5)
+    np.testing.assert_allclose(
+        to_params["conv"]["kernel"], kernel.grad.permute(2, 3, 1, 0), atol=1e-4
+    )
 
 
 def test_product_and_its_gradients() -> None:
