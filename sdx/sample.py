@@ -35,11 +35,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sdx.sample", description=__doc__)
     parser.add_argument("source", help="run folder, folder in diffusers' layout, or Hub id")
     parser.add_argument("--prompt", action="append", required=True, help="may be given many times")
-    parser.add_argument("--negative-prompt", default="", help="what guidance steers away from")
+    parser.add_argument("--negative-prompt", help="what guidance steers away from (the run's own)")
     parser.add_argument("--num-images", type=_whole, default=1, help="pictures of each prompt (1)")
-    parser.add_argument("--steps", type=_whole, default=30, help="sampler steps (30)")
+    parser.add_argument("--steps", type=_whole, help="sampler steps (the run's own, else 30)")
     parser.add_argument(
-        "--guidance", type=float, default=7.5, help="guidance scale; 1 is off (7.5)"
+        "--guidance", type=_scale, help="guidance scale; 1 is off (the run's own, else 7.5)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial noise (0)")
     parser.add_argument(
@@ -53,6 +53,13 @@ def _whole(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
     return number
+
+
+def _scale(text: str) -> float:
+    scale = float(text)
+    if not 1 <= scale < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return scale
 
 
 if __name__ == "__main__":

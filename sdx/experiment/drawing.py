@@ -4,7 +4,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from sdx.config.compose import from_saved
 from sdx.config.errors import ConfigError
+from sdx.config.schema import SampleConfig
 from sdx.data.source import DataError
 from sdx.diffusion.ddim import SamplerError
 from sdx.pipeline import load
@@ -28,23 +30,27 @@ def draw(
     source: str,
     prompts: Sequence[str],
     *,
-    negative_prompt: str,
+    negative_prompt: str | None,
     num_images: int,
-    num_steps: int,
-    guidance_scale: float,
+    num_steps: int | None,
+    guidance_scale: float | None,
     seed: int,
     out: Path | None,
 ) -> Path:
-    """The folder with `grid.png` and a PNG for each prompt and number; raises DRAWING_FAULTS."""
-    run = Path(source).expanduser()
-    is_run = (run / "config.yaml").is_file()
-    folder = out or (RunPaths(run).samples / "drawn" if is_run else Path("samples"))
+    """The folder with `grid.png` and a PNG for each prompt and number; raises DRAWING_FAULTS.
+
+    What is None is the run's own `sample.*`, or the schema's default for a model folder.
+    """
+    paths = RunPaths(Path(source).expanduser())
+    is_run = paths.config.is_file()
+    folder = out or (paths.samples / "drawn" if is_run else Path("samples"))
+    own = from_saved(paths.config).sample if is_run else SampleConfig()
     wanted = [prompt for prompt in prompts for _ in range(num_images)]
     images = load(source).sample(
         wanted,
-        negative_prompts=[negative_prompt],
-        num_steps=num_steps,
-        guidance_scale=guidance_scale,
+        negative_prompts=[own.negative_prompt if negative_prompt is None else negative_prompt],
+        num_steps=num_steps or own.num_steps,
+        guidance_scale=own.guidance_scale if guidance_scale is None else guidance_scale,
         seed=seed,
     )
     pictures = to_uint8(images)
