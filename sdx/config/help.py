@@ -8,6 +8,7 @@ from sdx.config.leaves import leaves, spelled
 
 _COMMANDS = {
     "train": "train, or continue where a run of the same configuration stopped",
+    "plan": "what a configuration needs on its hardware, which need not be here",
     "sample": "draw pictures from a run or a model folder",
 }
 _GROUPS = {
@@ -66,6 +67,7 @@ metrics.jsonl, tensorboard/, config.yaml, run.json. The same command again conti
 Examples
   python -m sdx.train
   python -m sdx.train data=imagefolder data.dir=photos model=sd21_base hardware=gpu_24gb_1
+  python -m sdx.plan experiment=finetune_sd21 data.dir=photos hardware=tpu_v4_32
   python -m sdx.train experiment=finetune_sd21 data.dir=photos hardware=tpu_v4_32"""
 
 
