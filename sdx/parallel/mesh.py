@@ -30,11 +30,12 @@ def claim_devices(hardware: HardwareConfig) -> None:
     """Tell JAX, before its first use of a device, which platform the run is for.
 
     A CPU has as many devices as the preset asks for: they are virtual. Without effect once JAX has
-    started its devices.
+    started its devices; `make_mesh` then says if they are others.
     """
     if hardware.platform is Platform.cpu:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", hardware.num_devices or 1)
+        with suppress(RuntimeError):
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", hardware.num_devices or 1)
 
 
 def make_mesh(

@@ -7,7 +7,6 @@ and the compiler's temporaries.
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -151,8 +150,7 @@ def _described_mesh(config: Config) -> Mesh:
 
 
 def _virtual_devices(hardware: HardwareConfig, count: int) -> Sequence[Device]:
-    with suppress(RuntimeError):  # JAX has started; it may have enough of them
-        claim_devices(replace(hardware, num_devices=max(count, VIRTUAL_DEVICES)))
+    claim_devices(replace(hardware, num_devices=max(count, VIRTUAL_DEVICES)))
     found = jax.devices("cpu")
     if len(found) < count:
         raise PlanError(
