@@ -8,6 +8,7 @@ does with the axes is in sharding.py.
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import jax
