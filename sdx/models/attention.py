@@ -91,8 +91,7 @@ def per_head_attention(
     return jnp.swapaxes(y, 1, 2).astype(query.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _one_head(
+def _one_head_value(
     query: Float[Array, "s d"],
     key: Float[Array, "t d"],
     value: Float[Array, "t d"],
@@ -131,6 +130,7 @@ def _one_head_backward(
     return to_query, to_key, to_value
 
 
+_one_head = jax.custom_vjp(_one_head_value, nondiff_argnums=(3,))
 _one_head.defvjp(_one_head_forward, _one_head_backward)
 
 

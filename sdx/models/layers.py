@@ -264,8 +264,7 @@ def draw(law: str, key: Array | None, shape: tuple[int, ...]) -> Float[Array, "*
     return jax.random.normal(key, shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(
+def _product_value(
     x: Float[Array, "*batch i"], kernel: Float[Array, "i o"], precision: jax.lax.Precision
 ) -> Float[Array, "*batch o"]:
     """`x @ kernel` as a product of two matrices, backwards as well.
@@ -296,6 +295,7 @@ def _product_backward(
     return to_x, jax.lax.optimization_barrier(contract(cotangents, rows, 0, 0, precision)).T
 
 
+_product = jax.custom_vjp(_product_value, nondiff_argnums=(2,))
 _product.defvjp(_product_forward, _product_backward)
 
 
@@ -327,8 +327,7 @@ def _convolve(
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolve_doubled(
+def _convolve_doubled_value(
     x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"], precision: jax.lax.Precision
 ) -> Float[Array, "b h2 w2 o"]:
     """A 3x3 convolution of `x` enlarged to twice its sides; `_by_phases` where that is faster.
@@ -358,6 +357,7 @@ def _convolve_doubled_backward(
     )
 
 
+_convolve_doubled = jax.custom_vjp(_convolve_doubled_value, nondiff_argnums=(2,))
 _convolve_doubled.defvjp(_convolve_doubled_forward, _convolve_doubled_backward)
 
 
