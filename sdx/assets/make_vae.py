@@ -21,7 +21,7 @@ from sdx.models.module import Params, Pure, pure
 from sdx.models.vae import AutoencoderKL
 
 BATCH_SIZE = 8
-CROPPED_STEPS = 0.88
+CROPPED_STEPS = 0.9
 """Share of the steps, the first ones, on quarters of pictures, which cost a quarter."""
 LEARNING_RATE = 2e-3
 KL_WEIGHT = 5e-4

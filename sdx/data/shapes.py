@@ -7,7 +7,6 @@ them show what was composed rather than remembered.
 """
 
 import hashlib
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,10 +37,12 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "yellow": COLOURS["yellow"],
 }
 SHAPES = ("circle", "square", "triangle", "star")
-SIZES: dict[str, tuple[float, float]] = {"small": (0.20, 0.22), "large": (0.30, 0.32)}
+SIZES: dict[str, tuple[float, float]] = {"small": (0.23, 0.24), "large": (0.315, 0.325)}
 """Range of the radius of each size, as a share of the image's side."""
 GRID = 16
 """Centres lie on the lines of a grid of this many cells a side; a finer one takes longer to learn."""
+REACH = 1
+"""Cells of the grid that a centre may lie off the middle, across and down."""
 
 HELD_OUT_EVERY = 5
 VERSION = 1
@@ -115,8 +116,7 @@ class ShapesSource:
         rng = np.random.default_rng((index, len(self._combinations)))
         attributes = self._combinations[rng.integers(len(self._combinations))]
         radius = rng.uniform(*SIZES[attributes.size])
-        least = math.ceil(GRID * (1.25 * radius + 0.03))  # corners are at most 1.25 radii out
-        center = rng.integers(least, GRID - least, 2, endpoint=True) / GRID
+        center = 0.5 + rng.integers(-REACH, REACH, 2, endpoint=True) / GRID
         image = draw(attributes, radius, (center[0], center[1]), self._resolution)
         return Example(image=image, captions=(attributes.caption,))
 
@@ -153,7 +153,7 @@ def _circle(x: np.ndarray, y: np.ndarray, radius: np.float32) -> np.ndarray:
 
 
 def _square(x: np.ndarray, y: np.ndarray, radius: np.float32) -> np.ndarray:
-    return np.maximum(np.abs(x), np.abs(y)) - np.float32(0.88) * radius
+    return np.maximum(np.abs(x), np.abs(y)) - np.float32(0.95) * radius
 
 
 def _triangle(x: np.ndarray, y: np.ndarray, radius: np.float32) -> np.ndarray:
@@ -171,7 +171,7 @@ def _star(x: np.ndarray, y: np.ndarray, radius: np.float32) -> np.ndarray:
     folded = np.abs(angle - fifth * np.round(angle / fifth))
     length = np.sqrt(x * x + y * y)
     tip = np.array([1.25 * radius, 0.0])
-    notch = 0.58 * radius * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
+    notch = 0.5 * radius * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
     along = (notch - tip) / np.linalg.norm(notch - tip)
     outward = np.array([along[1], -along[0]]).astype(np.float32)
     offset = np.float32(outward @ tip)
