@@ -52,6 +52,7 @@ def has_effect(config: Config, path: str) -> bool:
     return path not in _NEEDS or _NEEDS[path][0](config)
 
 
+_MAX_NAME_BYTES = 200  # file systems take 255; a sweep adds to the name
 _OVERRULED_BY = {
     "train.epochs": "train.max_steps",
     "train.per_device_batch_size": "train.global_batch_size",
@@ -146,7 +147,9 @@ def bounds_text(leaf: Leaf) -> str:
         "at most": leaf.at_most,
         "below": leaf.below,
     }
-    return " and ".join(f"{word} {limit:g}" for word, limit in words.items() if limit is not None)
+    return " and ".join(
+        f"{word} {limit:.12g}" for word, limit in words.items() if limit is not None
+    )
 
 
 def _without_effect(config: Config, paths: Iterable[str]) -> Iterator[Problem]:
@@ -384,8 +387,13 @@ def _names(config: Config) -> Iterator[Problem]:
     name = config.run.name
     if name is not None and (name in {"", ".", ".."} or os.path.basename(name) != name):
         yield Problem("run.name", name, "must be one folder name", "use run.output_dir for a path")
+    if name is not None and len(os.fsencode(name)) > _MAX_NAME_BYTES:
+        yield Problem("run.name", name, f"must be at most {_MAX_NAME_BYTES} bytes long")
     if not config.run.output_dir:
         yield Problem("run.output_dir", "''", "must be a folder")
+    if "://" in config.run.output_dir:
+        rule = "object stores are not written to yet"
+        yield Problem("run.output_dir", config.run.output_dir, rule, "give a folder")
     if config.run.resume_from == "":
         yield Problem("run.resume_from", "''", "must be RUN or RUN@STEP, or null")
 

@@ -24,6 +24,7 @@ from sdx.config.schema import Config
 Body = Callable[[Config, list[str]], int]
 
 _REFUSED, _INTERRUPTED, _FAILED = 2, 75, 1
+_PLACES = ("run.name=", "run.output_dir=")  # with these a saved configuration leaves its folder
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _config(arguments: Arguments, overrides: list[str]) -> Config:
     if saved is None:
         return compose(overrides, config_dir=arguments.config_dir)
     config = from_saved(saved, overrides)
-    if not saved.is_dir() or any(text.startswith("run.name=") for text in overrides):
+    if not saved.is_dir() or any(text.startswith(_PLACES) for text in overrides):
         return config
     folder = saved.resolve()
     place = dataclasses.replace(config.run, name=folder.name, output_dir=str(folder.parent))
@@ -178,12 +179,21 @@ def _show(command: str, arguments: Arguments) -> None:
 
         problems = [
             *arguments.problems,
+            *_not_shown(arguments.saved),
             *inspect(arguments.overrides, option_folders(arguments.config_dir)).problems,
         ]
         if problems:
             raise ConfigError(problems)
     switches = [*arguments.hydra_switches, *arguments.overrides]
     _hydra(command, switches, arguments.config_dir, lambda _: None)
+
+
+def _not_shown(saved: Path | None) -> list[Problem]:
+    """Hydra shows what it composes, which a saved configuration is not."""
+    if saved is None:
+        return []
+    fix = "it is a file to read as it is, or run it without --cfg and --info"
+    return [Problem("--from", str(saved), "a saved configuration cannot be shown", fix)]
 
 
 def _hydra(

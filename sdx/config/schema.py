@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import MISSING
 
 SCHEMA_VERSION = 1
+MAX_SEED = 2**32 - 1  # JAX without 64-bit integers drops the bits above: 2**32 would draw as 0
 
 
 class ResumePolicy(Enum):
@@ -181,7 +182,10 @@ class RunConfig:
         None, "Folder name of the run; null derives it from model, data and a hash.", identity=False
     )
     seed: int = option(
-        0, "Seed of initial weights, noise, timesteps, data order and augmentation.", at_least=0
+        0,
+        "Seed of initial weights, noise, timesteps, data order and augmentation.",
+        at_least=0,
+        at_most=MAX_SEED,
     )
     output_dir: str = option("outputs", "Folder that run folders go into.", identity=False)
     tags: list[str] = option([], "Free words kept in the run's record.", identity=False)
@@ -532,7 +536,9 @@ class SampleConfig:
         at_least=0,
         identity=False,
     )
-    seed: int = option(0, "Seed of the initial latents.", at_least=0, identity=False)
+    seed: int = option(
+        0, "Seed of the initial latents.", at_least=0, at_most=MAX_SEED, identity=False
+    )
     num_adherence_prompts: int | None = option(
         None,
         "Held-out prompts judged at the end of a shapes run; null = off.",

@@ -295,7 +295,11 @@ class Attempt:
         return stop.requested
 
     def _interrupted(self, step: int) -> int:
-        self.say(f"interrupted after step {step}, saved; the same command goes on from there")
+        checkpoint = self.setup.config.checkpoint
+        if checkpoint.every is None and checkpoint.every_minutes is None:
+            self.say(f"interrupted after step {step}; checkpoints are off, nothing was saved")
+        else:
+            self.say(f"interrupted after step {step}, saved; the same command goes on from there")
         self.record.finish(Status.interrupted, step=step)
         return EXIT_INTERRUPTED
 

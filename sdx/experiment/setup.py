@@ -61,5 +61,5 @@ def prepare(config: Config) -> Setup:
         tokenizer=tokenizer,
         weights=weights,
         max_steps=resolve.max_steps(config, len(source)),
-        paths=RunPaths(Path(config.run.output_dir) / run_folder_name(config)),
+        paths=RunPaths(Path(config.run.output_dir).expanduser() / run_folder_name(config)),
     )

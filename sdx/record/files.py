@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The object in `path`, or None without such a file; ValueError if it is not a JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise ValueError(

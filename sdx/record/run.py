@@ -135,14 +135,19 @@ def start(
         parent: RUN@STEP this run was forked from.
 
     Raises:
-        RefusedStart: `run.resume` not met, a forbidden change, or (RunLocked) another living
-            process; exit code 2.
+        RefusedStart: `run.resume` not met, a forbidden change, a folder that cannot be written, or
+            (RunLocked) another living process; exit code 2.
         AlreadyFinished: nothing to do; its text says so; exit code 0.
     """
     _check(paths, resume, max_steps, changes)
-    paths.root.mkdir(parents=True, exist_ok=True)
     lock = RunLock(paths.lock)
-    lock.acquire()
+    try:
+        paths.root.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise RefusedStart(
+            f"{paths.root}: cannot be written ({error.strerror}); use another run.output_dir."
+        ) from error
     try:
         # again: another process may have started or finished the run before we had the lock
         _check(paths, resume, max_steps, changes)

@@ -81,7 +81,7 @@ def make_sinks(kinds: Sequence[Sink], paths: RunPaths, *, first_step: int) -> li
     """
     if jax.process_index() != 0:
         return []
-    return [SINKS[kind](paths, first_step) for kind in kinds]
+    return [SINKS[kind](paths, first_step) for kind in dict.fromkeys(kinds)]
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,18 @@ RULES = {
         "run.name=a/b",
         "run.name=a/b: must be one folder name; use run.output_dir for a path.",
     ),
+    "long run name": (
+        f"run.name={'a' * 201}",
+        f"run.name={'a' * 201}: must be at most 200 bytes long.",
+    ),
+    "object store": (
+        "run.output_dir=gs://bucket/runs",
+        "run.output_dir=gs://bucket/runs: object stores are not written to yet; give a folder.",
+    ),
+    "seed of more than 32 bits": (
+        "run.seed=4294967296",
+        "run.seed=4294967296: must be at least 0 and at most 4294967295.",
+    ),
     "no output folder": ("run.output_dir=''", "run.output_dir='': must be a folder."),
     "no run to fork": (
         "run.resume_from=''",

@@ -143,7 +143,7 @@ def test_from_a_run_folder_continues_in_that_folder(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "mine"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(compose(["run.seed=5"])))
-    body = Body(0, 0, 0)
+    body = Body(0, 0, 0, 0)
     assert run("train", ["--from", str(folder), "train.max_steps=9"], body) == 0
     config, overrides = body.calls[0]
     assert (config.run.seed, config.train.max_steps) == (5, 9)
@@ -153,6 +153,8 @@ def test_from_a_run_folder_continues_in_that_folder(tmp_path: Path) -> None:
     assert body.calls[1][0].run.name == "other"
     assert run("train", ["--from", str(folder / "config.yaml")], body) == 0
     assert body.calls[2][0] == from_saved(folder)
+    assert run("train", ["--from", str(folder), "run.output_dir=elsewhere"], body) == 0
+    assert (body.calls[3][0].run.output_dir, body.calls[3][0].run.name) == ("elsewhere", None)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +165,7 @@ def test_from_a_run_folder_continues_in_that_folder(tmp_path: Path) -> None:
         (["--config-dir", "nowhere"], "--config-dir=nowhere: no such file or folder."),
         (["--from", ".", "-m"], "--from=.: cannot be swept; drop --multirun."),
         (["--from", "."], "config.yaml: no such file"),
+        (["--from", ".", "--cfg", "job"], "--from=.: a saved configuration cannot be shown"),
         (["--config-name", "x"], "--config-name: not a switch of sdx; --from RUN starts from"),
         (["--zebra", "3"], "--zebra 3: unknown flag; options are written KEY=VALUE."),
         (["--max-stepz", "3"], "options are written KEY=VALUE: train.max_steps=3."),

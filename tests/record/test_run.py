@@ -123,6 +123,8 @@ def test_never_spares_a_folder_that_is_not_a_run_and_a_file_is_refused(paths: Ru
     (paths.root / "thesis.tex").write_text("precious")
     with pytest.raises(RefusedStart, match="never"):
         _start(paths, resume="never")
+    with pytest.raises(RefusedStart, match=r"cannot be written \(Not a directory\)"):
+        _start(RunPaths(Path("/dev/null/runs/run")))
     with pytest.raises(RefusedStart, match="is a file"):
         _start(RunPaths(paths.root / "thesis.tex"))
 

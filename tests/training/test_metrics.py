@@ -134,7 +134,7 @@ def test_rates_leave_out_what_is_not_stepping() -> None:
 
 def test_tensorboard_shows_what_was_written_and_hides_an_older_attempt(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
-    (old,) = make_sinks([Sink.tensorboard], paths, first_step=1)
+    (old,) = make_sinks([Sink.tensorboard, Sink.tensorboard], paths, first_step=1)
     for step in range(1, 8):
         old.write(step, {"loss": 1.0})
     old.close()
