@@ -24,7 +24,7 @@ from sdx.data.tokenizer import load_tokenizer
 from sdx.models.module import Params, flat
 from sdx.weights.names import array_to_torch, to_torch
 
-VAE_STEPS = 4500
+VAE_STEPS = 5500
 TEXT_ENCODER_STEPS = 250
 DIFFUSERS_VERSION = "0.42.1"
 """Written into the configs: the version whose loading of them is tested."""

@@ -40,7 +40,7 @@ SHAPES = ("circle", "square", "triangle", "star")
 SIZES: dict[str, tuple[float, float]] = {"small": (0.23, 0.24), "large": (0.315, 0.325)}
 """Range of the radius of each size, as a share of the image's side."""
 GRID = 16
-"""Centres lie on the lines of a grid of this many cells a side; a finer one takes longer to learn."""
+"""Centres lie on a grid of this many cells a side; a finer one takes longer to learn."""
 REACH = 1
 """Cells of the grid that a centre may lie off the middle, across and down."""
 
@@ -170,8 +170,8 @@ def _star(x: np.ndarray, y: np.ndarray, radius: np.float32) -> np.ndarray:
     angle = np.arctan2(x, -y)
     folded = np.abs(angle - fifth * np.round(angle / fifth))
     length = np.sqrt(x * x + y * y)
-    tip = np.array([1.25 * radius, 0.0])
-    notch = 0.5 * radius * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
+    tip = np.array([1.3 * radius, 0.0])
+    notch = 0.56 * radius * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
     along = (notch - tip) / np.linalg.norm(notch - tip)
     outward = np.array([along[1], -along[0]]).astype(np.float32)
     offset = np.float32(outward @ tip)
