@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sdx.config.schema import MAX_SEED
+
 FINISHED, REFUSED = 0, 2
 
 
@@ -41,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--guidance", type=_scale, help="guidance scale; 1 is off (the run's own, else 7.5)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the initial noise (0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of the initial noise (0)")
     parser.add_argument(
         "--out", type=Path, help="folder of the pictures (RUN/samples/drawn, or samples)"
     )
@@ -49,16 +51,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _whole(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}: must be at least 1")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number from 0 to {MAX_SEED}")
+    return int(text)
 
 
 def _scale(text: str) -> float:
-    scale = float(text)
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = 0.0
     if not 1 <= scale < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+        raise argparse.ArgumentTypeError(f"{text}: must be a number of at least 1")
     return scale
 
 

@@ -15,7 +15,13 @@ from sdx.training.checkpoint import CheckpointMismatch, NoValidCheckpoint
 from sdx.training.pictures import make_grid, save_png, to_uint8
 from sdx.weights.errors import WeightsError
 
+
+class DrawingError(ValueError):
+    """Pictures cannot be put where they were asked for."""
+
+
 DRAWING_FAULTS = (
+    DrawingError,
     ConfigError,
     WeightsError,
     DataError,
@@ -45,8 +51,13 @@ def draw(
     is_run = paths.config.is_file()
     folder = out or (paths.samples / "drawn" if is_run else Path("samples"))
     own = from_saved(paths.config).sample if is_run else SampleConfig()
+    pipeline = load(source)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DrawingError(f"--out {folder}: cannot be made ({error.strerror}).") from error
     wanted = [prompt for prompt in prompts for _ in range(num_images)]
-    images = load(source).sample(
+    images = pipeline.sample(
         wanted,
         negative_prompts=[own.negative_prompt if negative_prompt is None else negative_prompt],
         num_steps=num_steps or own.num_steps,

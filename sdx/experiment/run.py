@@ -29,6 +29,7 @@ from sdx.parallel.memory import keep_freed_memory
 from sdx.parallel.stopping import EXIT_INTERRUPTED, StopFlag
 from sdx.pipeline import Params, make_pipeline
 from sdx.record.files import read_json, write_text
+from sdx.record.lock import RefusedStart
 from sdx.record.log import Log
 from sdx.record.metrics import truncate_after
 from sdx.record.paths import RunPaths
@@ -92,6 +93,7 @@ def run(config: Config, overrides: Sequence[str]) -> int:
 
 def _take_folder(setup: Setup, overrides: Sequence[str]) -> RunRecord:
     config, paths = setup.config, setup.paths
+    _check_parent(setup)
     changes = _changes(setup)
     for change in changes:
         if change.on_resume == OnResume.warn.name:
@@ -109,6 +111,18 @@ def _take_folder(setup: Setup, overrides: Sequence[str]) -> RunRecord:
     )
     record.update(data_fingerprint=setup.source.fingerprint)
     return record
+
+
+def _check_parent(setup: Setup) -> None:
+    """Raises RefusedStart where a run that is about to fork has nothing to fork from."""
+    text = setup.config.run.resume_from
+    if text is None or setup.paths.checkpoints.is_dir():
+        return
+    parent, step = _parse_parent(text)
+    there = sorted(int(p.name) for p in RunPaths(parent).checkpoints.glob("*") if p.name.isdigit())
+    if not there or step not in (None, *there):
+        found = f"it has the steps {', '.join(map(str, there))}" if there else "no checkpoint there"
+        raise RefusedStart(f"run.resume_from={text}: {found}; use RUN or RUN@STEP.")
 
 
 def _changes(setup: Setup) -> list[Change]:
@@ -230,6 +244,8 @@ class Attempt:
             found = restore_step(folder, step, program.abstract_state, say=self.say)
             self.say(f"forked from {parent} at step {found[0]}")
             self.record.update(parent=f"{parent}@{found[0]}")
+            if config.checkpoint.every is not None:  # the fork needs its parent no longer
+                checkpointer.save(*found)
             return found[1]
         if config.model.init is Init.random:
             return program.init()

@@ -25,6 +25,9 @@ from sdx.weights.load import resolve_folder
 
 REFUSALS = (MeshError, DataError, WeightsError, BatchError, RefusedStart)
 
+# Orbax and TensorStore take a backslash for a slash, and brackets for a pattern when they restore.
+_UNREADABLE = frozenset("\\[]")
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -61,5 +64,16 @@ def prepare(config: Config) -> Setup:
         tokenizer=tokenizer,
         weights=weights,
         max_steps=resolve.max_steps(config, len(source)),
-        paths=RunPaths(Path(config.run.output_dir).expanduser() / run_folder_name(config)),
+        paths=run_paths(config),
     )
+
+
+def run_paths(config: Config) -> RunPaths:
+    """Where the run lies; RefusedStart for a path that its checkpoints could not be read from."""
+    paths = RunPaths(Path(config.run.output_dir).expanduser() / run_folder_name(config))
+    if unsafe := sorted(_UNREADABLE & set(str(paths.root.absolute()))):
+        raise RefusedStart(
+            f"{paths.root.absolute()}: holds {' and '.join(unsafe)}, checkpoints could not be read "
+            "from there; use another run.name or run.output_dir."
+        )
+    return paths

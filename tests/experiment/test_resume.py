@@ -192,6 +192,10 @@ def test_starting_again(command: Command, rows: Rows) -> None:
     (fork,) = (path for path in command.path().iterdir() if path.name != "run")
     assert json.loads((fork / "run.json").read_text())["parent"] == f"{run}@6"
     assert [row["step"] for row in rows(fork)] == [7, 8]
+    assert (fork / "checkpoints" / "6" / "manifest.json").is_file()
+    code, output = command.run("train.max_steps=8", f"run.resume_from={run}@7")
+    assert code == 2 and "run.resume_from" in output and "it has the steps" in output
+    assert len(list(command.path().iterdir())) == 2
 
 
 def test_second_process_is_refused_while_the_first_lives(command: Command) -> None:
