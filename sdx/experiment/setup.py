@@ -16,6 +16,7 @@ from sdx.data.source import DataError, FirstExamples, Source
 from sdx.data.tokenizer import Tokenizer, load_tokenizer
 from sdx.experiment.compilation_cache import use_compilation_cache
 from sdx.parallel.mesh import MeshError, claim_devices, make_mesh
+from sdx.record.files import DamagedRecord
 from sdx.record.lock import RefusedStart
 from sdx.record.paths import RunPaths
 from sdx.training.program import BatchError, check_batch
@@ -23,7 +24,7 @@ from sdx.weights.configs import check_folder
 from sdx.weights.errors import WeightsError
 from sdx.weights.load import resolve_folder
 
-REFUSALS = (MeshError, DataError, WeightsError, BatchError, RefusedStart)
+REFUSALS = (MeshError, DataError, WeightsError, BatchError, RefusedStart, DamagedRecord)
 
 # Orbax and TensorStore take a backslash for a slash, and brackets for a pattern when they restore.
 _UNREADABLE = frozenset("\\[]")

@@ -15,6 +15,10 @@ from typing import Any
 from sdx.record.redact import redact
 
 
+class DamagedRecord(ValueError):
+    """A file of a run folder that something else than sdx has written to."""
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` in one act, secrets blotted out; a crash leaves the old or the new text."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -35,17 +39,17 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in `path`, or None without such a file; ValueError if it is not a JSON object."""
+    """The object in `path`, None without such a file; DamagedRecord if it is no JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise ValueError(
+        raise DamagedRecord(
             f"{path}: not readable as JSON ({error}); move it away to go on."
         ) from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds {type(value).__name__}, not a JSON object.")
+        raise DamagedRecord(f"{path}: holds {type(value).__name__}, not a JSON object.")
     return value
 
 

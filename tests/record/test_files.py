@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sdx.record.files import read_json, write_json, write_text
+from sdx.record.files import DamagedRecord, read_json, write_json, write_text
 from sdx.record.redact import redact
 
 pytestmark = pytest.mark.fast
@@ -27,7 +27,7 @@ def test_json_comes_back_with_enums_by_name(tmp_path: Path) -> None:
 def test_a_broken_file_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"a\.json"):
+    with pytest.raises(DamagedRecord, match=r"a\.json"):
         read_json(path)
 
 
