@@ -42,7 +42,7 @@ SAME_RUN = [
     "train.per_device_batch_size=4 train.gradient_accumulation=4",
     "train.per_device_batch_size=null train.global_batch_size=16",
     "train.global_batch_size=16",
-    "diffusion.snr_gamma=null",
+    "diffusion.snr_gamma=5",
 ]
 OTHER_RUN = [
     "run.seed=1",
@@ -54,7 +54,7 @@ OTHER_RUN = [
     "data.random_flip=true",
     "data.caption_dropout=0.35",
     "data.num_examples=50",
-    "diffusion.snr_gamma=5",
+    "diffusion.snr_gamma=null",
     "lr_schedule=cosine",
     "model.pretrained=some/folder",
     "model.weights_dtype=bfloat16",
