@@ -1,7 +1,7 @@
-"""Strict mode and shared fixtures: types and shapes checked, promotions refused, eight CPU devices, one compile cache.
+"""Strict mode: types and shapes checked, promotions refused, eight CPU devices, one compile cache.
 
-The settings are made before any sdx module is imported. They are of this process only: subprocesses that tests start
-run sdx as a user would.
+The settings are made before any sdx module is imported. They are of this process only: subprocesses
+that tests start run sdx as a user would.
 """
 
 import os

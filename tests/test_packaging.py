@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def wheel_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python of a new environment that holds sdx's wheel and, by path, the packages it depends on."""
+    """Python of a new environment that holds sdx's wheel and, by path, what it depends on."""
     folder = tmp_path_factory.mktemp("wheel")
     repository = Path(__file__).resolve().parents[1]
     build = [
@@ -48,7 +48,7 @@ def wheel_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(site),
     ]
     subprocess.run([*install, str(wheel)], check=True)
-    # A path line does not execute the .pth files in that folder: our own editable install stays invisible.
+    # A path line does not execute the .pth files in that folder: an editable sdx stays invisible.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 

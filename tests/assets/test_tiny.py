@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -72,7 +74,9 @@ def test_the_folder_is_small_and_says_what_the_yaml_says(
     made = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
     stale = [p for p in made if (tmp_path / p).read_text() != (folder / p).read_text()]
     assert len(made) == 9
-    assert not stale, f"run python -m sdx.assets.make_tiny: {stale} differ from conf/model/tiny.yaml"
+    assert not stale, (
+        f"run python -m sdx.assets.make_tiny: {stale} differ from conf/model/tiny.yaml"
+    )
 
 
 @pytest.mark.fast
@@ -107,12 +111,13 @@ def test_transformers_gives_the_same_ids_and_the_text_back(
 
 def test_diffusers_decodes_and_encodes_alike(config: Config, folder: Path, vae: Params) -> None:
     import torch
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    theirs, info = AutoencoderKL.from_pretrained(folder / "vae", output_loading_info=True)
+    loaded: Any = AutoencoderKL.from_pretrained(folder / "vae", output_loading_info=True)
+    theirs, info = loaded
     assert not any(info.values()), info
     assert theirs.config["scaling_factor"] == config.model.vae.scaling_factor
-    images = np.asarray(to_signed(held_out_pictures(2)[0]))
+    images = np.asarray(to_signed(jnp.asarray(held_out_pictures(2)[0])))
     network = make_vae(config.model.vae)
     moments = network.apply(vae, images, method="encode")
     latents = np.array(moments[..., :4])
@@ -130,7 +135,8 @@ def test_transformers_encodes_text_alike(
     import torch
     from transformers import CLIPTextModel
 
-    theirs, info = CLIPTextModel.from_pretrained(folder / "text_encoder", output_loading_info=True)
+    loaded: Any = CLIPTextModel.from_pretrained(folder / "text_encoder", output_loading_info=True)
+    theirs, info = loaded
     assert not any(info.values()), info
     tokens = tokenizer.encode(TEXTS)
     with torch.no_grad():
@@ -161,7 +167,7 @@ def test_pictures_survive_the_autoencoder(config: Config, vae: Params) -> None:
 def test_context_names_the_attributes_of_held_out_captions(
     config: Config, tokenizer: Tokenizer, text_encoder: Params
 ) -> None:
-    """A linear read-out fitted on captions of `train` reads those of `validation` without a slip."""
+    """A linear read-out fitted on captions of `train` reads those of `validation` faultlessly."""
     network = make_text_encoder(config.model.text_encoder)
     encode = jax.jit(lambda tokens: network.apply(text_encoder, tokens)[:, [12, 40, 76]])
     states = {
