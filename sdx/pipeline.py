@@ -193,6 +193,11 @@ def load(source: str | Path, *, dtype: str = "float32") -> Pipeline:
     if (run / "config.yaml").is_file():
         return _load_run(run, dtype)
     folder = resolve_folder(str(source))
+    if not (folder / "scheduler").is_dir():
+        raise WeightsError(
+            f"{source}: neither an sdx run (it has no config.yaml) nor a model in diffusers' layout "
+            "(it has no scheduler/); give one of these."
+        )
     diffusion = _read_diffusion(folder, read_scheduler_config(folder))
     model = _read_model(folder, diffusion.prediction_type or PredictionType.epsilon)
     networks = _networks(model, dtype)

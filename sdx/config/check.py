@@ -256,6 +256,8 @@ def _architecture(config: Config) -> Iterator[Problem]:
     yield from _equal(config, "model.unet.in_channels", "model.vae.latent_channels")
     yield from _equal(config, "model.unet.out_channels", "model.vae.latent_channels")
     yield from _equal(config, "model.vae.out_channels", "model.vae.in_channels")
+    if vae.in_channels != 3:
+        yield Problem("model.vae.in_channels", str(vae.in_channels), "images have 3 channels")
 
 
 def _levels(path: str, channels: list[int]) -> Iterator[Problem]:

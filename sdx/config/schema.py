@@ -16,6 +16,8 @@ from typing import Any
 from omegaconf import MISSING
 
 SCHEMA_VERSION = 1
+MAX_COUNT = 2**31 - 1  # steps are counted in int32
+MAX_BATCH = 2**20  # examples; larger is a slip of the finger
 MAX_SEED = 2**32 - 1  # JAX without 64-bit integers drops the bits above: 2**32 would draw as 0
 
 
@@ -477,7 +479,12 @@ class DiffusionConfig:
 @dataclass
 class TrainConfig:
     max_steps: int | None = option(
-        None, "Update attempts in all; wins over epochs.", unit="steps", at_least=1, identity=False
+        None,
+        "Update attempts in all; wins over epochs.",
+        unit="steps",
+        at_least=1,
+        at_most=MAX_COUNT,
+        identity=False,
     )
     epochs: int | None = option(
         None, "Passes over the data, if max_steps is null.", at_least=1, identity=False
@@ -488,6 +495,7 @@ class TrainConfig:
         "Examples on each device in one micro-step; a fraction where the mesh makes it whole.",
         unit="examples",
         above=0,
+        at_most=MAX_BATCH,
         identity=False,
     )
     global_batch_size: int | None = option(
@@ -495,8 +503,11 @@ class TrainConfig:
         "Examples in one update; null = per_device_batch_size x devices x gradient_accumulation.",
         unit="examples",
         at_least=1,
+        at_most=MAX_BATCH,
     )
-    gradient_accumulation: int = option(1, "Micro-steps in one update.", at_least=1, identity=False)
+    gradient_accumulation: int = option(
+        1, "Micro-steps in one update.", at_least=1, at_most=MAX_BATCH, identity=False
+    )
     remat: Remat = option(
         Remat.none, "What the backward pass recomputes to save memory.", identity=False
     )

@@ -78,6 +78,7 @@ class Gallery:
             negative_prompts=[sample.negative_prompt],
             num_steps=sample.num_steps,
             guidance_scale=sample.guidance_scale,
+            sampler=self._config.sampler.kind.name,
             seed=sample.seed,
             should_stop=self._should_stop,
         )

@@ -71,16 +71,31 @@ def run(config: Config, overrides: Sequence[str]) -> int:
     """Trains what `config` says, from where an earlier start stopped; returns the exit code."""
     if config.hardware.platform is Platform.cpu:
         keep_freed_memory()
-    try:
-        setup = prepare(config)
-        record = _take_folder(setup, overrides)
-    except AlreadyFinished as finished:
-        print(finished)
-        return FINISHED
-    except (ConfigError, *REFUSALS) as error:
-        print(error if isinstance(error, ConfigError) else f"sdx: {error}", file=sys.stderr)
-        return REFUSED
-    attempt = Attempt(setup, record)
+    attempts: list[Attempt] = []
+
+    def on_exit() -> None:
+        """Said when a signal ends the process at once."""
+        if attempts:
+            attempts[0].interrupted_at_once()
+        else:
+            print("interrupted before the run was touched")
+
+    with StopFlag(on_exit) as stop:
+        try:
+            with stop.compiling():  # scanning a folder of images can take minutes
+                setup = prepare(config)
+                record = _take_folder(setup, overrides)
+                attempts.append(Attempt(setup, record, stop))
+        except AlreadyFinished as finished:
+            print(finished)
+            return FINISHED
+        except (ConfigError, *REFUSALS) as error:
+            print(error if isinstance(error, ConfigError) else f"sdx: {error}", file=sys.stderr)
+            return REFUSED
+        return _attempted(attempts[0])
+
+
+def _attempted(attempt: "Attempt") -> int:
     try:
         return attempt.run()
     except _FAULTS as error:
@@ -95,9 +110,6 @@ def _take_folder(setup: Setup, overrides: Sequence[str]) -> RunRecord:
     config, paths = setup.config, setup.paths
     _check_parent(setup)
     changes = _changes(setup)
-    for change in changes:
-        if change.on_resume == OnResume.warn.name:
-            print(f"changed since the last start: {change.path}: {change.old} -> {change.new}")
     record = start(
         paths,
         config_yaml=to_yaml(config),
@@ -109,6 +121,9 @@ def _take_folder(setup: Setup, overrides: Sequence[str]) -> RunRecord:
         changes=changes,
         parent=config.run.resume_from,
     )
+    for change in changes:
+        if change.on_resume == OnResume.warn.name:
+            print(f"changed since the last start: {change.path}: {change.old} -> {change.new}")
     record.update(data_fingerprint=setup.source.fingerprint)
     return record
 
@@ -143,23 +158,23 @@ def _changes(setup: Setup) -> list[Change]:
 class Attempt:
     """One start of a run that holds its folder."""
 
-    def __init__(self, setup: Setup, record: RunRecord):
+    def __init__(self, setup: Setup, record: RunRecord, stop: StopFlag):
         self.setup = setup
         self.record = record
+        self.stop = stop
         self.log = Log(setup.paths.log)
         self.progress = ProgressLine(setup.max_steps)
 
     def run(self) -> int:
         """Everything from compiling to the last picture; returns the exit code."""
         self.say(_headline(self.setup))
-        with StopFlag(on_exit=self._interrupted_at_once) as stop:
-            try:
-                with stop.compiling():
-                    program = self._compile()
-                    frozen = self._load_frozen(program)
-                return self._train(program, frozen, stop)
-            except SamplingStopped:
-                return self._interrupted(self.record.step)
+        try:
+            with self.stop.compiling():
+                program = self._compile()
+                frozen = self._load_frozen(program)
+            return self._train(program, frozen)
+        except SamplingStopped:
+            return self._interrupted(self.record.step)
 
     def fail(self, reason: str) -> int:
         """Notes that the run failed and why; what it saved stays."""
@@ -182,12 +197,12 @@ class Attempt:
 
     def _load_frozen(self, program: Program) -> Params:
         abstract, folder = program.abstract_frozen, self.setup.weights
-        return {
-            "vae": load_vae(folder, abstract["vae"]),
-            "text_encoder": load_text_encoder(folder, abstract["text_encoder"]),
-        }
+        return program.place_frozen(
+            vae=load_vae(folder, abstract["vae"]),
+            text_encoder=load_text_encoder(folder, abstract["text_encoder"]),
+        )
 
-    def _train(self, program: Program, frozen: Params, stop: StopFlag) -> int:
+    def _train(self, program: Program, frozen: Params) -> int:
         setup, config, paths = self.setup, self.setup.config, self.setup.paths
         checkpointer = Checkpointer(paths.checkpoints, keep=config.checkpoint.keep, say=self.say)
         with closing(checkpointer):
@@ -197,7 +212,7 @@ class Attempt:
             self.record.begin(first_step, truncate_after(paths.metrics, first_step))
             _remove_later_pictures(paths, first_step)
             sinks = make_sinks(config.metrics.sinks, paths, first_step=first_step + 1)
-            gallery = self._gallery(program, frozen, sinks, stop)
+            gallery = self._gallery(program, frozen, sinks)
             loader = make_loader(
                 setup.source,
                 setup.tokenizer,
@@ -216,7 +231,7 @@ class Attempt:
                     Cadence(setup.max_steps, config.sample.every, config.checkpoint),
                     checkpointer=checkpointer,
                     reporter=self._reporter(program, sinks),
-                    should_stop=lambda step: self._should_stop(stop),
+                    should_stop=lambda step: self._should_stop(),
                     draw=gallery.draw_grid,
                 )
             self._note_bad_images(loader.bad_images.values())
@@ -247,14 +262,16 @@ class Attempt:
             if config.checkpoint.every is not None:  # the fork needs its parent no longer
                 checkpointer.save(*found)
             return found[1]
+        if self.record.step:
+            self.say(
+                f"no checkpoint of its {self.record.step} steps was saved; from the start again"
+            )
         if config.model.init is Init.random:
             return program.init()
         like = program.abstract_state.params["unet"]
         return program.init(load_unet(self.setup.weights, like))
 
-    def _gallery(
-        self, program: Program, frozen: Params, sinks: Sequence[MetricSink], stop: StopFlag
-    ) -> Gallery:
+    def _gallery(self, program: Program, frozen: Params, sinks: Sequence[MetricSink]) -> Gallery:
         config = self.setup.config
         pipeline = make_pipeline(
             program.networks,
@@ -265,7 +282,7 @@ class Attempt:
             diffusion=config.diffusion,
             resolution=resolve.resolution(config),
         )
-        return Gallery(config, self.setup.paths, pipeline, sinks, lambda: stop.requested)
+        return Gallery(config, self.setup.paths, pipeline, sinks, lambda: self.stop.requested)
 
     def _reporter(self, program: Program, sinks: Sequence[MetricSink]) -> Reporter:
         config = self.setup.config
@@ -297,29 +314,33 @@ class Attempt:
 
     def _note_bad_images(self, late: Iterable[BadImage] = ()) -> None:
         """`bad_images.jsonl`: what the scan left out and what became unreadable since."""
+        path = self.setup.paths.bad_images
+        known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         bad = [*getattr(self.setup.source, "bad_images", ()), *late]
-        if bad:
-            lines = [json.dumps(asdict(image), ensure_ascii=False) for image in bad]
-            write_text(self.setup.paths.bad_images, "\n".join(lines) + "\n")
+        lines = [json.dumps(asdict(image), ensure_ascii=False) for image in bad]
+        if lines:
+            write_text(path, "\n".join(dict.fromkeys([*known, *lines])) + "\n")
 
-    def _should_stop(self, stop: StopFlag) -> bool:
+    def _should_stop(self) -> bool:
         if self.record.lock.lost:
             raise FolderLost(
                 f"{self.setup.paths.root}: another process took the folder while this one gave "
                 "no sign of life; it goes on there, nothing more is written here."
             )
-        return stop.requested
+        return self.stop.requested
 
     def _interrupted(self, step: int) -> int:
         checkpoint = self.setup.config.checkpoint
+        what = f"interrupted by {self.stop.signal_name} after step {step}"
         if checkpoint.every is None and checkpoint.every_minutes is None:
-            self.say(f"interrupted after step {step}; checkpoints are off, nothing was saved")
+            self.say(f"{what}; checkpoints are off, nothing was saved")
         else:
-            self.say(f"interrupted after step {step}, saved; the same command goes on from there")
+            self.say(f"{what}, saved; the same command goes on from there")
         self.record.finish(Status.interrupted, step=step)
         return EXIT_INTERRUPTED
 
-    def _interrupted_at_once(self) -> None:
+    def interrupted_at_once(self) -> None:
+        """Notes that a signal ended the process while it compiled."""
         self.say("interrupted; the same command goes on from the last checkpoint")
         self.record.finish(Status.interrupted)
 

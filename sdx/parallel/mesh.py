@@ -117,6 +117,6 @@ def _check_devices(hardware: HardwareConfig, devices: Sequence[Device]) -> Seque
             + f"\nallowed here: {found.platform} with {len(devices)} x {found.device_kind}."
             + "\nfix: pick the hardware=... of this machine; "
             + f"`python -m sdx.plan hardware={hardware.name} ...` says whether it would fit there, "
-            + "and run_on=... sends the run there."
+            + "and run_on=... starts it there (this version has run_on=local alone)."
         )
     return devices

@@ -171,8 +171,10 @@ def _check(paths: RunPaths, resume: str, max_steps: int, changes: Sequence[Chang
             + "\nPut the values back, use another run.name, or fork it with run.resume_from."
         )
     if admission is Admission.finished:
+        status = read_status(paths)
+        steps = max_steps if status is None else status.step
         raise AlreadyFinished(
-            f"{paths.root} is finished ({max_steps} steps); a larger train.max_steps continues it."
+            f"{paths.root} is finished ({steps} steps); a larger train.max_steps continues it."
         )
 
 

@@ -45,7 +45,7 @@ class Cadence:
         """Whether an act that happens `every` so many steps happens after `step`."""
         if every is None or step == 0:
             return False
-        return step == self.max_steps or (every > 0 and step % every == 0)
+        return step >= self.max_steps or (every > 0 and step % every == 0)
 
 
 @dataclass(frozen=True)

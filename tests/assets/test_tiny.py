@@ -125,7 +125,7 @@ def test_diffusers_decodes_and_encodes_alike(config: Config, folder: Path, vae: 
         reference = theirs.encode(torch.tensor(images.transpose(0, 3, 1, 2))).latent_dist
         decoded = theirs.decode(torch.tensor(latents.transpose(0, 3, 1, 2))).sample
     np.testing.assert_allclose(latents, reference.mean.permute(0, 2, 3, 1).numpy(), atol=1e-4)
-    ours = network.apply(vae, latents, method="decode")
+    ours = network.apply(vae, jnp.asarray(latents), method="decode")
     np.testing.assert_allclose(ours, decoded.permute(0, 2, 3, 1).numpy(), atol=1e-4)
 
 
@@ -141,7 +141,8 @@ def test_transformers_encodes_text_alike(
     tokens = tokenizer.encode(TEXTS)
     with torch.no_grad():
         reference = theirs(torch.tensor(tokens.astype(np.int64))).last_hidden_state.numpy()
-    context = make_text_encoder(config.model.text_encoder).apply(text_encoder, tokens)
+    network = make_text_encoder(config.model.text_encoder)
+    context = network.apply(text_encoder, jnp.asarray(tokens))
     np.testing.assert_allclose(context, reference, atol=1e-4)
 
 
