@@ -113,13 +113,15 @@ def test_diffusers_decodes_and_encodes_alike(config: Config, folder: Path, vae: 
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    loaded: Any = AutoencoderKL.from_pretrained(folder / "vae", output_loading_info=True)
+    loaded: Any = AutoencoderKL.from_pretrained(
+        folder / "vae", torch_dtype=torch.float32, output_loading_info=True
+    )
     theirs, info = loaded
     assert not any(info.values()), info
     assert theirs.config["scaling_factor"] == config.model.vae.scaling_factor
     images = np.asarray(to_signed(jnp.asarray(held_out_pictures(2)[0])))
     network = make_vae(config.model.vae)
-    moments = network.apply(vae, images, method="encode")
+    moments = network.apply(vae, jnp.asarray(images), method="encode")
     latents = np.array(moments[..., :4])
     with torch.no_grad():
         reference = theirs.encode(torch.tensor(images.transpose(0, 3, 1, 2))).latent_dist
@@ -135,7 +137,9 @@ def test_transformers_encodes_text_alike(
     import torch
     from transformers import CLIPTextModel
 
-    loaded: Any = CLIPTextModel.from_pretrained(folder / "text_encoder", output_loading_info=True)
+    loaded: Any = CLIPTextModel.from_pretrained(
+        folder / "text_encoder", dtype=torch.float32, output_loading_info=True
+    )
     theirs, info = loaded
     assert not any(info.values()), info
     tokens = tokenizer.encode(TEXTS)
