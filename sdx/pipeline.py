@@ -195,8 +195,8 @@ def load(source: str | Path, *, dtype: str = "float32") -> Pipeline:
     folder = resolve_folder(str(source))
     if not (folder / "scheduler").is_dir():
         raise WeightsError(
-            f"{source}: neither an sdx run (it has no config.yaml) nor a model in diffusers' layout "
-            "(it has no scheduler/); give one of these."
+            f"{source}: neither an sdx run (it has no config.yaml) nor a model in diffusers' "
+            "layout (it has no scheduler/); give one of these."
         )
     diffusion = _read_diffusion(folder, read_scheduler_config(folder))
     model = _read_model(folder, diffusion.prediction_type or PredictionType.epsilon)

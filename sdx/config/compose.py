@@ -4,7 +4,6 @@ Every fault is collected before anything is reported: overrides are first held a
 one by one, the good ones are composed, and the result is checked as a whole.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from yaml import YAMLError
 
 from sdx.config.check import check, check_given
 from sdx.config.errors import ConfigError, Problem, nearest
-from sdx.config.folders import CHECKOUT, CONF, option_folders
+from sdx.config.folders import CONF, option_folders
 from sdx.config.leaves import groups, leaves
 from sdx.config.overrides import Inspected, explain, inspect
 from sdx.config.schema import SCHEMA_VERSION, Config
@@ -120,11 +119,8 @@ def search_path(folders: Sequence[Path]) -> list[str]:
 
 
 def register() -> None:
-    """Tell Hydra the schema, and where a checkout that is not installed keeps its plugins."""
+    """Tell Hydra the schema."""
     ConfigStore.instance().store(name="base_config", node=Config)
-    launchers = CHECKOUT / "launchers" if CHECKOUT else None
-    if launchers and launchers.is_dir() and str(launchers) not in sys.path:
-        sys.path.append(str(launchers))
 
 
 def _composed(overrides: Sequence[str]) -> tuple[Config | None, list[Problem]]:
