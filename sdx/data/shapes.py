@@ -37,7 +37,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "yellow": COLOURS["yellow"],
 }
 SHAPES = ("circle", "square", "triangle", "star")
-SIZES: dict[str, tuple[float, float]] = {"small": (0.23, 0.24), "large": (0.315, 0.325)}
+SIZES: dict[str, tuple[float, float]] = {"small": (0.255, 0.265), "large": (0.315, 0.325)}
 """Range of the radius of each size, as a share of the image's side."""
 GRID = 16
 """Centres lie on a grid of this many cells a side; a finer one takes longer to learn."""
