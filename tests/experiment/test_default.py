@@ -1,7 +1,9 @@
 """The default run keeps its promise: minutes on a CPU, and the pictures are right."""
 
 import json
+import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -10,18 +12,25 @@ from pathlib import Path
 import pytest
 
 
+def cpu_seconds() -> float:
+    """What finished child processes have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
-    """Folder, output and seconds of `python -m sdx.train` with nothing compiled before."""
+    """Folder, output and CPU-seconds of `python -m sdx.train` with nothing compiled before."""
     folder = tmp_path_factory.mktemp("default")
     cache = f"run.compilation_cache_dir={folder / 'cache'}"
-    started = time.monotonic()
+    used, started = cpu_seconds(), time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "sdx.train", cache], cwd=folder, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = (folder / "outputs").iterdir()
-    return run, done.stdout, time.monotonic() - started
+    print(f"default run: {time.monotonic() - started:.0f} s, {cpu_seconds() - used:.0f} CPU-s")
+    return run, done.stdout, cpu_seconds() - used
 
 
 def test_pictures_show_what_unseen_prompts_say(default_run: tuple[Path, str, float]) -> None:
@@ -35,8 +44,8 @@ def test_pictures_show_what_unseen_prompts_say(default_run: tuple[Path, str, flo
 
 
 def test_it_takes_minutes(default_run: tuple[Path, str, float]) -> None:
-    """Five on two idle cores; on a machine that also does other work, the measured time is kept."""
-    assert default_run[2] <= 300
+    """Five on two cores are 600 CPU-seconds, which other work on the machine does not change."""
+    assert default_run[2] <= 480
 
 
 def test_everything_is_there(default_run: tuple[Path, str, float]) -> None:
@@ -48,16 +57,16 @@ def test_everything_is_there(default_run: tuple[Path, str, float]) -> None:
 
 
 def test_second_start_takes_its_first_step_soon(default_run: tuple[Path, str, float]) -> None:
-    """With compiled programs at hand, from typing the command to the first row of metrics."""
+    """With compiled programs at hand, CPU-seconds from typing the command to the first row."""
     run = default_run[0]
     cache = f"run.compilation_cache_dir={run.parents[1] / 'cache'}"
-    started = time.monotonic()
     overrides = [cache, "run.name=again", "metrics.every=1"]
     process = subprocess.Popen([sys.executable, "-m", "sdx.train", *overrides], cwd=run.parents[1])
     metrics = run.parent / "again" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.02)
-    seconds = time.monotonic() - started
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     process.kill()
     process.wait()
     assert metrics.stat().st_size and seconds < 10
