@@ -2,7 +2,7 @@
 
 Trains the autoencoder and the text encoder that `model=tiny` describes on `data=shapes`, and writes
 them with tokenizer, scheduler and UNet configuration as a folder diffusers loads. The UNet has no
-weights there: it is what `sdx.train` trains. A function of the seed alone; ten minutes on a CPU core.
+weights there: it is what `sdx.train` trains. A function of the seed; ten minutes on a CPU core.
 """
 
 import argparse
