@@ -69,8 +69,6 @@ _FAULTS = (FolderLost, TooManyBadSteps, NoValidCheckpoint, CheckpointMismatch, D
 
 def run(config: Config, overrides: Sequence[str]) -> int:
     """Trains what `config` says, from where an earlier start stopped; returns the exit code."""
-    if config.hardware.platform is Platform.cpu:
-        keep_freed_memory()
     attempts: list[Attempt] = []
 
     def on_exit() -> None:
@@ -192,6 +190,8 @@ class Attempt:
         program = build(config, self.setup.mesh, max_steps=self.setup.max_steps)
         with heal_compilation_cache(config.run.compilation_cache_dir):
             program = program.compile()
+        if config.hardware.platform is Platform.cpu:
+            keep_freed_memory()
         self.say(f"compiled in {program.compile_s:.1f} s")
         return program
 
