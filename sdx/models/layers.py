@@ -150,7 +150,7 @@ class Embedding(nnx.Module):
 
     def __init__(self, num_embeddings: int, features: int, *, numerics: Numerics, rngs: nnx.Rngs):
         initial = Initial("normal", 0.02)
-        self.embedding = _parameter(initial, (num_embeddings, features), numerics, rngs.params())
+        self.embedding = _parameter(initial, (num_embeddings, features), numerics)
         self.dtype = numerics.dtype
 
     def __call__(self, indices: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
@@ -391,16 +391,14 @@ def _phases(kernel: Array) -> tuple[Array, Array]:
 def _uniform(
     shape: tuple[int, ...], fan_in: int, numerics: Numerics, rngs: nnx.Rngs
 ) -> nnx.Param[Array]:
-    return _parameter(Initial("uniform", 1.0 / math.sqrt(fan_in)), shape, numerics, rngs.params())
+    return _parameter(Initial("uniform", 1.0 / math.sqrt(fan_in)), shape, numerics)
 
 
 def _constant(value: float, features: int, numerics: Numerics) -> nnx.Param[Array]:
-    return _parameter(Initial("constant", value), (features,), numerics, key=None)
+    return _parameter(Initial("constant", value), (features,), numerics)
 
 
-def _parameter(
-    initial: Initial, shape: tuple[int, ...], numerics: Numerics, key: Array | None
-) -> nnx.Param[Array]:
-    """A parameter that remembers what it was drawn from, for `module.Pure.init` to draw again."""
-    value = initial.spread * draw(initial.law, key, shape)
-    return nnx.Param(value.astype(numerics.param_dtype), initial=initial)
+def _parameter(initial: Initial, shape: tuple[int, ...], numerics: Numerics) -> nnx.Param[Array]:
+    """A parameter of zeros that knows what `module.Pure.init` draws it from; drawing each here as
+    well would cost every start a second of tracing."""
+    return nnx.Param(jnp.zeros(shape, numerics.param_dtype), initial=initial)

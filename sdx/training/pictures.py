@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 TILE = 192  # smallest side of a tile; smaller images are enlarged by a whole number
@@ -64,6 +62,9 @@ def plot_loss(
     steps: Sequence[int], losses: Sequence[float | None], *, title: str
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The loss of each reported step, pale, under its running mean; bad steps as marks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second to import
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4.5), dpi=144, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -17,7 +17,6 @@ MICRO = [
     "model.unet.attention_head_dim=[1,2]",
     "model.unet.layers_per_block=1",
     "model.unet.norm_num_groups=4",
-    "data.num_examples=100",
     "train.per_device_batch_size=4",
     "lr_schedule=constant",
     "metrics.every=1",
