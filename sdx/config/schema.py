@@ -109,8 +109,29 @@ class TimestepSpacing(Enum):
     linspace = "linspace"
 
 
+class TimestepBias(Enum):
+    none = "none"
+    earlier = "earlier"
+    later = "later"
+    range = "range"
+
+
 class SamplerKind(Enum):
+    ddpm = "ddpm"
     ddim = "ddim"
+    pndm = "pndm"
+    euler = "euler"
+    dpmpp_2m = "dpmpp_2m"
+
+
+class SchedulerClass(Enum):
+    """Classes of diffusers that scheduler_config.json may name; each is one of our samplers."""
+
+    DDPMScheduler = "DDPMScheduler"
+    DDIMScheduler = "DDIMScheduler"
+    PNDMScheduler = "PNDMScheduler"
+    EulerDiscreteScheduler = "EulerDiscreteScheduler"
+    DPMSolverMultistepScheduler = "DPMSolverMultistepScheduler"
 
 
 class Remat(Enum):
@@ -282,7 +303,25 @@ class ModelConfig:
         MISSING, "Name of the architecture; part of the run folder's name.", identity=False
     )
     pretrained: str = option(
-        MISSING, "Weights: a diffusers-layout folder, a Hub id, or `tiny` for the embedded model."
+        MISSING,
+        "Weights: a diffusers-layout folder, an original .safetensors file, a Hub id, or `tiny` for"
+        " the embedded model.",
+    )
+    revision: str | None = option(
+        None, "Branch, tag or commit of the Hub repository; null = its main branch."
+    )
+    variant: str | None = option(
+        None, "Variant of the weight files, such as fp16; null = the plain ones."
+    )
+    unet_checkpoint: str | None = option(
+        None,
+        "A UNet alone to start from instead: a folder with its config.json and weights, or an sdx"
+        " run.",
+    )
+    from_files: bool = option(
+        False,
+        "Take architecture and prediction type from the files of `pretrained`, not from model=.",
+        identity=False,
     )
     init: Init = option(
         Init.pretrained,
@@ -419,6 +458,12 @@ class OptimizerConfig:
     max_grad_norm: float | None = option(
         1.0, "Clip the global gradient norm; null = off.", above=0, on_resume=OnResume.warn
     )
+    text_encoder_lr: float | None = option(
+        None,
+        "Peak learning rate of the text encoder; null = lr.",
+        above=0,
+        on_resume=OnResume.warn,
+    )
     scale_lr: bool = option(
         False, "Multiply the learning rate by the global batch size.", on_resume=OnResume.warn
     )
@@ -454,6 +499,24 @@ class LrScheduleConfig:
 
 
 @dataclass
+class TimestepBiasConfig:
+    """Which timesteps are drawn more often, or less."""
+
+    strategy: TimestepBias = option(
+        TimestepBias.none,
+        "Timesteps that are biased: the first or last `portion` of the schedule, or a range.",
+    )
+    multiplier: float = option(
+        1.0, "How often a biased timestep is drawn, against 1 for the others.", above=0
+    )
+    begin: int = option(0, "First timestep of the range.", unit="timesteps", at_least=0)
+    end: int = option(999, "Last timestep of the range, inclusive.", unit="timesteps", at_least=0)
+    portion: float = option(
+        0.25, "Share of the schedule that earlier and later bias.", above=0, at_most=1
+    )
+
+
+@dataclass
 class DiffusionConfig:
     prediction_type: PredictionType | None = option(
         None, "What the UNet learns to output; null = the model's own."
@@ -471,8 +534,37 @@ class DiffusionConfig:
         "How samplers choose timesteps (diffusers' names).",
         on_resume=OnResume.warn,
     )
+    rescale_zero_terminal_snr: bool = option(
+        False, "Rescale betas so that the last timestep is pure noise (Lin et al. 2023)."
+    )
+    class_name: SchedulerClass | None = option(
+        None,
+        "diffusers' scheduler class: picks the sampler, and is what the export names; null = that"
+        " of sampler=.",
+        identity=False,
+    )
     snr_gamma: float | None = option(
         None, "Min-SNR loss weighting; 5 is usual, null = off.", above=0
+    )
+    timestep_bias: TimestepBiasConfig = field(
+        default_factory=TimestepBiasConfig,
+        metadata={"help": "Which timesteps are drawn more often."},
+    )
+    noise_offset: float = option(
+        0.0,
+        "Share of a random shift of each channel added to the noise; 0.05 to 0.1 is usual.",
+        at_least=0,
+    )
+    input_perturbation: float = option(
+        0.0,
+        "Share of extra noise in the input that the target does not know; 0.1 is usual.",
+        at_least=0,
+    )
+    dream: float | None = option(
+        None,
+        "DREAM training of epsilon models: the power that preserves detail, 1 is usual; null ="
+        " off.",
+        at_least=0,
     )
 
 
@@ -518,6 +610,7 @@ class TrainConfig:
     ema_decay: float = option(
         0.9999, "Largest decay of the average, reached by diffusers' warm-up.", at_least=0, below=1
     )
+    text_encoder: bool = option(False, "Train the text encoder too, at optimizer.text_encoder_lr.")
     max_bad_steps: int = option(
         10,
         "Non-finite updates in a row before the run stops.",
@@ -574,6 +667,22 @@ class CheckpointConfig:
 
 
 @dataclass
+class ExportConfig:
+    at_end: bool = option(
+        True,
+        "Write RUN/export, a folder diffusers loads, when the run is finished; off in a sweep"
+        " unless typed.",
+        identity=False,
+    )
+    push_to_hub: bool = option(
+        False, "Upload that folder to the Hub at the end of the run.", identity=False
+    )
+    hub_model_id: str | None = option(
+        None, "OWNER/NAME of the repository to upload to.", identity=False
+    )
+
+
+@dataclass
 class MetricsConfig:
     every: int = option(
         10, "Write metrics every N steps.", unit="steps", at_least=1, identity=False
@@ -605,6 +714,9 @@ class Config:
     )
     checkpoint: CheckpointConfig = field(
         default_factory=CheckpointConfig, metadata={"help": "When state is saved."}
+    )
+    export: ExportConfig = field(
+        default_factory=ExportConfig, metadata={"help": "Weights out, in diffusers' layout."}
     )
     metrics: MetricsConfig = field(
         default_factory=MetricsConfig, metadata={"help": "What is measured, and where it goes."}
