@@ -6,6 +6,7 @@ can be checked on a laptop. What only the machine knows is checked where the job
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 from sdx.config import resolve
@@ -17,6 +18,9 @@ from sdx.config.schema import (
     DownBlock,
     Init,
     LrScheduleKind,
+    PredictionType,
+    SamplerKind,
+    TimestepBias,
 )
 
 
@@ -96,6 +100,18 @@ def _restarts(config: Config) -> bool:
     return config.lr_schedule.kind is LrScheduleKind.cosine_with_restarts
 
 
+def _is_biased(config: Config) -> bool:
+    return config.diffusion.timestep_bias.strategy is not TimestepBias.none
+
+
+def _biases_range(config: Config) -> bool:
+    return config.diffusion.timestep_bias.strategy is TimestepBias.range
+
+
+def _biases_portion(config: Config) -> bool:
+    return _is_biased(config) and not _biases_range(config)
+
+
 # Keys that do something only in company: the condition, and how to meet it.
 _NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "data.dir": (_is_imagefolder, "data=imagefolder"),
@@ -105,6 +121,18 @@ _NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "data.interpolation": (_is_imagefolder, "data=imagefolder"),
     "data.num_examples": (_is_shapes, "data=shapes"),
     "sample.num_adherence_prompts": (_is_shapes, "data=shapes"),
+    "optimizer.text_encoder_lr": (
+        lambda config: config.train.text_encoder,
+        "train.text_encoder=true",
+    ),
+    "diffusion.timestep_bias.multiplier": (_is_biased, "diffusion.timestep_bias.strategy"),
+    "diffusion.timestep_bias.portion": (
+        _biases_portion,
+        "diffusion.timestep_bias.strategy=earlier or later",
+    ),
+    "diffusion.timestep_bias.begin": (_biases_range, "diffusion.timestep_bias.strategy=range"),
+    "diffusion.timestep_bias.end": (_biases_range, "diffusion.timestep_bias.strategy=range"),
+    "export.hub_model_id": (lambda config: config.export.push_to_hub, "export.push_to_hub=true"),
     "train.ema_decay": (lambda config: config.train.ema, "train.ema=true"),
     "lr_schedule.warmup_steps": (_warms_up, "lr_schedule=constant_with_warmup"),
     "lr_schedule.warmup_fraction": (_warms_up, "lr_schedule=constant_with_warmup"),
@@ -213,6 +241,44 @@ def _diffusion(config: Config) -> Iterator[Problem]:
         yield Problem("sample.num_steps", str(config.sample.num_steps), rule)
 
 
+def _objective(config: Config) -> Iterator[Problem]:
+    diffusion, bias = config.diffusion, config.diffusion.timestep_bias
+    learns = resolve.prediction_type(config)
+    if diffusion.dream is not None and learns is not PredictionType.epsilon:
+        rule = f"DREAM is defined for epsilon, this model learns {learns.name}"
+        yield Problem("diffusion.dream", spelled(diffusion.dream), rule, "use null")
+    if _is_biased(config) and bias.multiplier == 1:
+        rule = f"strategy={bias.strategy.name} biases nothing with it"
+        yield Problem("diffusion.timestep_bias.multiplier", "1", rule, "set it, 2 for instance")
+    last = diffusion.num_train_timesteps - 1
+    if _biases_range(config) and bias.begin > bias.end:
+        rule = f"must be at most diffusion.timestep_bias.end={bias.end}"
+        yield Problem("diffusion.timestep_bias.begin", str(bias.begin), rule)
+    if _biases_range(config) and bias.end > last:
+        rule = f"at most {last}, the last timestep"
+        yield Problem("diffusion.timestep_bias.end", str(bias.end), rule)
+
+
+def _sampler(config: Config) -> Iterator[Problem]:
+    named, chosen = config.diffusion.class_name, config.sampler.kind
+    if named is None or chosen in (resolve.sampler_kind(config), SamplerKind.ddim):
+        return
+    rule = f"names sampler={resolve.sampler_kind(config).name}, but sampler={chosen.name} is chosen"
+    yield Problem("diffusion.class_name", named.name, rule, "give one of them")
+
+
+def _export(config: Config) -> Iterator[Problem]:
+    export = config.export
+    if export.push_to_hub and not export.at_end:
+        yield Problem("export.push_to_hub", "true", "nothing is exported", "add export.at_end=true")
+    if export.push_to_hub and export.hub_model_id is None:
+        fix = "export.push_to_hub=true needs export.hub_model_id=OWNER/NAME"
+        yield Problem("export.hub_model_id", None, "missing", fix)
+    name = export.hub_model_id
+    if name is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        yield Problem("export.hub_model_id", name, "must be OWNER/NAME")
+
+
 def _resolution(config: Config) -> Iterator[Problem]:
     pixels = resolve.resolution(config)
     if not config.model.vae.block_out_channels or not config.model.unet.block_out_channels:
@@ -225,9 +291,15 @@ def _resolution(config: Config) -> Iterator[Problem]:
 
 
 def _weights(config: Config) -> Iterator[Problem]:
-    if config.model.pretrained == "tiny" and config.model.init is Init.pretrained:
+    model = config.model
+    is_random, alone = model.init is Init.random, model.unet_checkpoint
+    if model.pretrained == "tiny" and not is_random and alone is None:
         rule = "the embedded model has no UNet to start from"
-        yield Problem("model.init", "pretrained", rule, "use model.init=random")
+        fix = "use model.init=random, or give model.unet_checkpoint"
+        yield Problem("model.init", "pretrained", rule, fix)
+    if alone is not None and is_random:
+        rule = "is not read with model.init=random"
+        yield Problem("model.unet_checkpoint", alone, rule, "add model.init=pretrained")
 
 
 def _architecture(config: Config) -> Iterator[Problem]:
@@ -405,6 +477,9 @@ _RULES: list[Callable[[Config], Iterator[Problem]]] = [
     _length,
     _schedule,
     _diffusion,
+    _objective,
+    _sampler,
+    _export,
     _resolution,
     _weights,
     _architecture,

@@ -124,18 +124,27 @@ def _expanded(arguments: Arguments) -> tuple[list[list[str]], list[Problem]]:
 
 def _with_own_folders(jobs: list[_Job]) -> list[_Job]:
     """Jobs whose run folders differ: a given name becomes a prefix, keys outside the identity a
-    suffix.
+    suffix. They export nothing at their end unless that is typed.
     """
     from sdx.config.identity import folder_names
 
     names = folder_names([job.config for job in jobs], [job.overrides for job in jobs])
     return [
         _Job(
-            dataclasses.replace(job.config, run=dataclasses.replace(job.config.run, name=name)),
+            dataclasses.replace(
+                job.config,
+                run=dataclasses.replace(job.config.run, name=name),
+                export=dataclasses.replace(job.config.export, at_end=_exports(job)),
+            ),
             job.overrides,
         )
         for job, name in zip(jobs, names, strict=True)
     ]
+
+
+def _exports(job: _Job) -> bool:
+    typed = any(text.lstrip("+").startswith("export.") for text in job.overrides)
+    return typed and job.config.export.at_end
 
 
 def _sweep(command: str, arguments: Arguments, jobs: list[_Job], body: Body) -> int:

@@ -44,14 +44,16 @@ class Row:
 
 def answer(name: str, got: str | None) -> tuple[str, str] | None:
     """What is wrong with typing `name`, and what to type instead; None for a name no peer has."""
-    row = TABLE.get(name.lstrip("-").replace("-", "_").split(".")[0])
+    name, dot, below = name.lstrip("-").replace("-", "_").partition(".")
+    row = TABLE.get(name)
     if row is None:
         return None
     rule = "a name of " + " and ".join(row.peers)
     note = f" ({row.note})" if row.note else ""
     match row.outcome:
         case Outcome.key:
-            return rule, f"use {row.target}={_translated(row, got)}{note}"
+            value = got if below else _translated(row, got)
+            return rule, f"use {row.target}{dot}{below}={value}{note}"
         case Outcome.automatic:
             return f"{rule}, automatic in sdx{note}", "leave it out"
         case Outcome.planned:
@@ -110,12 +112,12 @@ _BOTH = _rows(
         "adam_weight_decay": "optimizer.weight_decay",
         "max_grad_norm": ("optimizer.max_grad_norm", "null = off"),
         "snr_gamma": ("diffusion.snr_gamma", "null = off"),
+        "revision": "model.revision",
     },
 ) + _rows(
     (MAXDIFFUSION, DIFFUSERS),
     Outcome.planned,
     {
-        "revision": "model.revision",
         "dataset_name": ("data.name", "images on disk: data=imagefolder data.dir=FOLDER"),
         "dataset_config_name": "data.config",
         "image_column": "data.image_column",
@@ -138,6 +140,14 @@ _MAXDIFFUSION_KEYS = _rows(
             {"default": "default", "high": "high", "highest": "highest"},
         ),
         "norm_num_groups": "model.unet.norm_num_groups",
+        "unet_checkpoint": "model.unet_checkpoint",
+        "train_text_encoder": "train.text_encoder",
+        "text_encoder_learning_rate": "optimizer.text_encoder_lr",
+        "timestep_bias": (
+            "diffusion.timestep_bias",
+            "its keys one by one; the end of a range is inclusive",
+            {"": "…"},
+        ),
         "train_new_unet": ("model.init", None, {"true": "random", "false": "pretrained"}),
         "diffusion_scheduler_config": (
             "diffusion.prediction_type",
@@ -171,6 +181,7 @@ _MAXDIFFUSION_KEYS = _rows(
         "prompt": ("sample.prompts", "a list", {"": "…"}),
         "negative_prompt": "sample.negative_prompt",
         "guidance_scale": "sample.guidance_scale",
+        "guidance_rescale": "sample.guidance_rescale",
         "num_inference_steps": "sample.num_steps",
         # Names that are groups here; typing them chooses an option.
         "attention": "attention",
@@ -201,16 +212,12 @@ _MAXDIFFUSION_REST = (
         (MAXDIFFUSION,),
         Outcome.planned,
         {
-            "unet_checkpoint": "model.unet_checkpoint",
             "split_head_dim": "attention.split_head_dim",
             "flash_block_sizes": "attention.block_sizes",
             "flash_min_seq_length": "attention.min_sequence",
             "mask_padding_tokens": "attention.mask_padding_tokens",
             "attention_sharding_uniform": "attention.shard_sequence",
             "ici_context_parallelism": "attention.shard_sequence",
-            "train_text_encoder": "train.text_encoder",
-            "text_encoder_learning_rate": "optimizer.text_encoder_lr",
-            "timestep_bias": "diffusion.timestep_bias",
             "dcn_data_parallelism": "mesh.dcn.data",
             "dcn_fsdp_parallelism": "mesh.dcn.fsdp",
             "dcn_tensor_parallelism": "mesh.dcn.tensor",
@@ -224,7 +231,6 @@ _MAXDIFFUSION_REST = (
             "enable_profiler": "profiler.enabled",
             "skip_first_n_steps_for_profiler": "profiler.skip_steps",
             "profiler_steps": "profiler.steps",
-            "guidance_rescale": "sample.guidance_rescale",
             "compile_topology_num_slices": ("sdx.plan", "compiles for chips that are not here"),
             "data_files_pattern": _ONE_SOURCE,
             "extracted_files_dir": _ONE_SOURCE,
@@ -297,6 +303,13 @@ _DIFFUSERS_KEYS = _rows(
         "adam_beta2": "optimizer.b2",
         "adam_epsilon": "optimizer.eps",
         "use_ema": ("train.ema", None, _BOOL),
+        "variant": "model.variant",
+        "dream_training": ("diffusion.dream", "a power; null = off", {"true": "1.0"}),
+        "dream_detail_preservation": "diffusion.dream",
+        "noise_offset": "diffusion.noise_offset",
+        "input_perturbation": "diffusion.input_perturbation",
+        "push_to_hub": ("export.push_to_hub", None, _BOOL),
+        "hub_model_id": "export.hub_model_id",
         "validation_prompts": ("sample.prompts", "a list", {"": "…"}),
         "validation_prompt": ("sample.prompts", "a list", {"": "…"}),
         "validation_epochs": ("sample.every", "in steps", {"": "…"}),
@@ -334,14 +347,7 @@ _DIFFUSERS_REST = (
         (DIFFUSERS,),
         Outcome.planned,
         {
-            "variant": "model.variant",
             "use_8bit_adam": ("optimizer=adafactor", "its state takes less than 8-bit moments"),
-            "dream_training": "diffusion.dream",
-            "dream_detail_preservation": "diffusion.dream",
-            "noise_offset": "diffusion.noise_offset",
-            "input_perturbation": "diffusion.input_perturbation",
-            "push_to_hub": "export.push_to_hub",
-            "hub_model_id": "export.hub_model_id",
             "rank": "adapter.rank",
         },
     )

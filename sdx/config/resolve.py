@@ -14,6 +14,8 @@ from sdx.config.schema import (
     LrScheduleKind,
     Platform,
     PredictionType,
+    SamplerKind,
+    SchedulerClass,
 )
 
 DECAYING = {
@@ -22,6 +24,20 @@ DECAYING = {
     LrScheduleKind.cosine_with_restarts,
     LrScheduleKind.polynomial,
 }
+
+SAMPLER_OF_CLASS = {
+    SchedulerClass.DDPMScheduler: SamplerKind.ddpm,
+    SchedulerClass.DDIMScheduler: SamplerKind.ddim,
+    SchedulerClass.PNDMScheduler: SamplerKind.pndm,
+    SchedulerClass.EulerDiscreteScheduler: SamplerKind.euler,
+    SchedulerClass.DPMSolverMultistepScheduler: SamplerKind.dpmpp_2m,
+}
+
+
+def sampler_kind(config: Config) -> SamplerKind:
+    """How pictures are drawn; diffusers' name in `diffusion.class_name` wins."""
+    named = config.diffusion.class_name
+    return config.sampler.kind if named is None else SAMPLER_OF_CLASS[named]
 
 
 def resolution(config: Config) -> int:

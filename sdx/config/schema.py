@@ -632,6 +632,14 @@ class SampleConfig:
     guidance_scale: float = option(
         7.5, "Classifier-free guidance; 1 = off.", at_least=1, identity=False
     )
+    guidance_rescale: float = option(
+        0.0,
+        "Share by which guidance keeps the contrast of the unguided prediction; 0.7 is usual with"
+        " zero terminal SNR.",
+        at_least=0,
+        at_most=1,
+        identity=False,
+    )
     num_steps: int = option(30, "Sampler steps.", unit="steps", at_least=1, identity=False)
     every: int | None = option(
         0,

@@ -111,7 +111,55 @@ RULES = {
     "no UNet in tiny": (
         "model.init=pretrained",
         "model.init=pretrained: the embedded model has no UNet to start from;"
-        " use model.init=random.",
+        " use model.init=random, or give model.unet_checkpoint.",
+    ),
+    "a UNet that is not read": (
+        "model.unet_checkpoint=unet",
+        "model.unet_checkpoint=unet: is not read with model.init=random;"
+        " add model.init=pretrained.",
+    ),
+    "DREAM of v": (
+        "diffusion.dream=1",
+        "diffusion.dream=1: DREAM is defined for epsilon, this model learns v_prediction;"
+        " use null.",
+    ),
+    "a bias that biases nothing": (
+        "diffusion.timestep_bias.strategy=later",
+        "diffusion.timestep_bias.multiplier=1: strategy=later biases nothing with it;"
+        " set it, 2 for instance.",
+    ),
+    "a range of timesteps from its end": (
+        "diffusion.timestep_bias.strategy=range diffusion.timestep_bias.multiplier=2"
+        " diffusion.timestep_bias.begin=500 diffusion.timestep_bias.end=499",
+        "diffusion.timestep_bias.begin=500: must be at most diffusion.timestep_bias.end=499.",
+    ),
+    "a range of timesteps past the last": (
+        "diffusion.timestep_bias.strategy=range diffusion.timestep_bias.multiplier=2"
+        " diffusion.timestep_bias.end=1000",
+        "diffusion.timestep_bias.end=1000: at most 999, the last timestep.",
+    ),
+    "the portion of a range": (
+        "diffusion.timestep_bias.strategy=range diffusion.timestep_bias.multiplier=2"
+        " diffusion.timestep_bias.portion=0.5",
+        "diffusion.timestep_bias.portion=0.5: has no effect here;"
+        " it needs diffusion.timestep_bias.strategy=earlier or later.",
+    ),
+    "a rate of a text encoder that is frozen": (
+        "optimizer.text_encoder_lr=1e-6",
+        "optimizer.text_encoder_lr=1e-6: has no effect here; it needs train.text_encoder=true.",
+    ),
+    "an upload without a name": (
+        "export.push_to_hub=true",
+        "export.hub_model_id: missing; export.push_to_hub=true needs"
+        " export.hub_model_id=OWNER/NAME.",
+    ),
+    "an upload to nowhere": (
+        "export.push_to_hub=true export.hub_model_id=me",
+        "export.hub_model_id=me: must be OWNER/NAME.",
+    ),
+    "an upload of nothing": (
+        "export.push_to_hub=true export.hub_model_id=me/it export.at_end=false",
+        "export.push_to_hub=true: nothing is exported; add export.at_end=true.",
     ),
     "list lengths": (
         "model=sd21 model.unet.attention_head_dim=[5,10]",
@@ -225,6 +273,12 @@ SOUND = [
     "train.per_device_batch_size=8 train.global_batch_size=8",
     "train.global_batch_size=24",
     "checkpoint.every=null sample.every=null",
+    "diffusion.timestep_bias.strategy=earlier diffusion.timestep_bias.multiplier=0.5",
+    "diffusion.dream=1 diffusion.prediction_type=epsilon",
+    "train.text_encoder=true optimizer.text_encoder_lr=1e-6",
+    "export.push_to_hub=true export.hub_model_id=me/it",
+    "model.init=pretrained model.unet_checkpoint=unet",
+    "diffusion.class_name=DDIMScheduler",
     PHOTOS,
 ]
 

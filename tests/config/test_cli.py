@@ -205,8 +205,16 @@ def test_a_job_of_a_sweep_is_the_run_it_would_be_alone() -> None:
     config, overrides = body.calls[0]
     alone = compose(overrides)
     assert config.run.name == run_folder_name(alone)
-    assert dataclasses.replace(config, run=alone.run) == alone
+    assert dataclasses.replace(config, run=alone.run, export=alone.export) == alone
     assert identity(config) == identity(alone)
+
+
+def test_a_sweep_exports_only_what_it_is_told_to() -> None:
+    body = Body()
+    run("train", ["-m", "run.seed=0,1"], body)
+    run("train", ["-m", "run.seed=0", "export.at_end=true"], body)
+    run("train", ["run.seed=0"], body)
+    assert [config.export.at_end for config, _ in body.calls] == [False, False, True, True]
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,9 @@ MISTAKES = {
     ),
     "peer's key below a group": (
         "timestep_bias.strategy=later",
-        "timestep_bias.strategy=later: a name of MaxDiffusion, planned for a later version as"
-        " diffusion.timestep_bias; leave it out.",
+        "timestep_bias.strategy=later: a name of MaxDiffusion; use"
+        " diffusion.timestep_bias.strategy=later (its keys one by one; the end of a range is"
+        " inclusive).",
     ),
     "half precision": (
         "model.weights_dtype=float16",

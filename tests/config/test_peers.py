@@ -3,7 +3,7 @@
 import pytest
 
 from sdx.config.folders import CONF, group_options
-from sdx.config.leaves import leaves
+from sdx.config.leaves import groups, leaves
 from sdx.config.peers import DIFFUSERS, MAXDIFFUSION, TABLE, Outcome, Row, answer
 
 pytestmark = pytest.mark.fast
@@ -64,7 +64,7 @@ def test_no_outcome_is_for_a_name_the_peer_does_not_have(peer: str) -> None:
 
 
 def test_keys_exist_and_planned_ones_do_not_yet() -> None:
-    there = {*leaves(), *group_options([CONF])}
+    there = {*leaves(), *groups(), *group_options([CONF])}
     by_outcome = {outcome: [] for outcome in Outcome}
     for row in TABLE.values():
         by_outcome[row.outcome].append(row)

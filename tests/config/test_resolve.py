@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from sdx.config import resolve
-from sdx.config.schema import Config, PredictionType
+from sdx.config.schema import Config, PredictionType, SamplerKind, SchedulerClass
 from tests.config.quick import quick
 
 pytestmark = pytest.mark.fast
@@ -32,6 +32,18 @@ def test_resolution_and_prediction_type_are_the_models_unless_given(base: Config
     )
     assert resolve.resolution(other) == 512
     assert resolve.prediction_type(other) is PredictionType.epsilon
+
+
+def test_the_sampler_is_that_of_the_scheduler_class_where_one_is_named(base: Config) -> None:
+    assert resolve.sampler_kind(base) is SamplerKind.ddim
+    for named in SchedulerClass:
+        kind = resolve.sampler_kind(changed(base, diffusion={"class_name": named}))
+        assert named.name.removesuffix("Scheduler").lower() in {
+            *(
+                kind.name,
+                {"euler": "eulerdiscrete", "dpmpp_2m": "dpmsolvermultistep"}.get(kind.name),
+            )
+        }
 
 
 def test_factors_of_stable_diffusion(base: Config) -> None:
