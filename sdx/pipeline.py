@@ -22,7 +22,6 @@ from sdx.config.schema import (
     AttentionKind,
     BetaSchedule,
     DiffusionConfig,
-    Init,
     ModelConfig,
     Platform,
     PredictionType,
@@ -38,15 +37,10 @@ from sdx.parallel.mesh import one_device_mesh
 from sdx.record.paths import RunPaths
 from sdx.sampling.denoise import DenoiseRule, denoise, initial_latents
 from sdx.training.checkpoint import restore_params
-from sdx.weights.configs import read_text_encoder_config, read_unet_config, read_vae_config
+from sdx.weights.configs import read_model
 from sdx.weights.errors import WeightsError
-from sdx.weights.load import (
-    load_text_encoder,
-    load_unet,
-    load_vae,
-    read_scheduler_config,
-    resolve_folder,
-)
+from sdx.weights.load import load_text_encoder, load_unet, load_vae
+from sdx.weights.model_files import ModelFiles, open_model
 
 BATCH_SIZE = 8  # prompts drawn at once, so that any number of them compiles one program
 # Keys of scheduler_config.json: numbers and names that are read, values that are built in.
@@ -192,18 +186,13 @@ def load(source: str | Path, *, dtype: str = "float32") -> Pipeline:
     run = Path(source).expanduser()
     if (run / "config.yaml").is_file():
         return _load_run(run, dtype)
-    folder = resolve_folder(str(source))
-    if not (folder / "scheduler").is_dir():
-        raise WeightsError(
-            f"{source}: neither an sdx run (it has no config.yaml) nor a model in diffusers' "
-            "layout (it has no scheduler/); give one of these."
-        )
-    diffusion = _read_diffusion(folder, read_scheduler_config(folder))
-    model = _read_model(folder, diffusion.prediction_type or PredictionType.epsilon)
+    files = open_model(str(source))
+    diffusion = _read_diffusion(files)
+    model = read_model(files)
     networks = _networks(model, dtype)
     mesh = one_device_mesh()
-    unet = load_unet(folder, _abstract(networks, mesh)["unet"])
-    return _assemble(folder, networks, unet, mesh, model, diffusion, model.resolution)
+    unet = load_unet(files, _abstract(networks, mesh)["unet"])
+    return _assemble(files, networks, unet, mesh, model, diffusion, model.resolution)
 
 
 def make_pipeline(
@@ -242,13 +231,18 @@ def _load_run(run: Path, dtype: str) -> Pipeline:
         lambda x, like: jax.device_put(x, like.sharding), restored["unet"], abstract
     )
     diffusion = replace(config.diffusion, prediction_type=resolve.prediction_type(config))
-    folder = resolve_folder(config.model.pretrained)
+    files = open_model(
+        config.model.pretrained,
+        revision=config.model.revision,
+        variant=config.model.variant,
+        components=("vae", "text_encoder"),
+    )
     side = resolve.resolution(config)
-    return _assemble(folder, networks, unet, mesh, config.model, diffusion, side)
+    return _assemble(files, networks, unet, mesh, config.model, diffusion, side)
 
 
 def _assemble(
-    folder: Path,
+    files: ModelFiles,
     networks: Networks,
     unet: Params,
     mesh: Mesh,
@@ -259,11 +253,11 @@ def _assemble(
     abstract = _abstract(networks, mesh)
     params = {
         "unet": unet,
-        "vae": load_vae(folder, abstract["vae"]),
-        "text_encoder": load_text_encoder(folder, abstract["text_encoder"]),
+        "vae": load_vae(files, abstract["vae"]),
+        "text_encoder": load_text_encoder(files, abstract["text_encoder"]),
     }
     length = model.text_encoder.max_position_embeddings
-    tokenizer = load_tokenizer(folder / "tokenizer", max_length=length)
+    tokenizer = load_tokenizer(files.tokenizer_folder(), max_length=length)
     return make_pipeline(
         networks, params, tokenizer, mesh, model=model, diffusion=diffusion, resolution=resolution
     )
@@ -313,22 +307,9 @@ def _compile(
     )
 
 
-def _read_model(folder: Path, prediction_type: PredictionType) -> ModelConfig:
-    unet, vae = read_unet_config(folder), read_vae_config(folder)
-    return ModelConfig(
-        name=folder.name,
-        pretrained=str(folder),
-        init=Init.pretrained,
-        resolution=unet.sample_size * 2 ** (len(vae.block_out_channels) - 1),
-        prediction_type=prediction_type,
-        unet=unet,
-        vae=vae,
-        text_encoder=read_text_encoder_config(folder),
-    )
-
-
-def _read_diffusion(folder: Path, scheduler: dict[str, Any]) -> DiffusionConfig:
+def _read_diffusion(files: ModelFiles) -> DiffusionConfig:
     """The noise schedule of a scheduler_config.json; Stable Diffusion's for keys it lacks."""
+    scheduler = files.config("scheduler") or {}
     faults = [
         f"{key}={scheduler[key]}: sdx computes only {allowed}"
         for key, allowed in SCHEDULER_ONLY.items()
@@ -338,8 +319,8 @@ def _read_diffusion(folder: Path, scheduler: dict[str, Any]) -> DiffusionConfig:
         if key in scheduler and scheduler[key] not in kind.__members__:
             faults.append(f"{key}={scheduler[key]}: sdx knows {', '.join(kind.__members__)}")
     if faults:
-        path = folder / "scheduler" / "scheduler_config.json"
-        raise WeightsError(f"{path}: {len(faults)} keys ask for another sampler:", faults)
+        where = files.where("scheduler")
+        raise WeightsError(f"{where}: {len(faults)} keys ask for another sampler:", faults)
     found = {key: scheduler[key] for key in SCHEDULER_NUMBERS if key in scheduler}
     found |= {
         key: kind[scheduler[key]] for key, kind in SCHEDULER_ENUMS.items() if key in scheduler

@@ -196,10 +196,10 @@ class Attempt:
         return program
 
     def _load_frozen(self, program: Program) -> Params:
-        abstract, folder = program.abstract_frozen, self.setup.weights
+        abstract, files = program.abstract_frozen, self.setup.weights
         return program.place_frozen(
-            vae=load_vae(folder, abstract["vae"]),
-            text_encoder=load_text_encoder(folder, abstract["text_encoder"]),
+            vae=load_vae(files, abstract["vae"]),
+            text_encoder=load_text_encoder(files, abstract["text_encoder"]),
         )
 
     def _train(self, program: Program, frozen: Params) -> int:

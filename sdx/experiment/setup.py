@@ -20,9 +20,9 @@ from sdx.record.files import DamagedRecord
 from sdx.record.lock import RefusedStart
 from sdx.record.paths import RunPaths
 from sdx.training.program import BatchError, check_batch
-from sdx.weights.configs import check_folder
+from sdx.weights.configs import check_model
 from sdx.weights.errors import WeightsError
-from sdx.weights.load import resolve_folder
+from sdx.weights.model_files import ModelFiles, open_model
 
 REFUSALS = (MeshError, DataError, WeightsError, BatchError, RefusedStart, DamagedRecord)
 
@@ -38,8 +38,8 @@ class Setup:
     mesh: Mesh
     source: Source
     tokenizer: Tokenizer
-    weights: Path
-    """Folder of the model: UNet (unless it starts from random), autoencoder, text encoder."""
+    weights: ModelFiles
+    """The model: UNet (unless it starts from random), autoencoder, text encoder."""
     max_steps: int
     paths: RunPaths
 
@@ -51,10 +51,12 @@ def prepare(config: Config) -> Setup:
     mesh = make_mesh(config.mesh, config.hardware)
     config = resolve.with_global_batch(config, mesh.size)
     check_batch(config, mesh, resolve.global_batch_size(config))
-    weights = resolve_folder(config.model.pretrained)
-    check_folder(weights, config.model, reads_unet=config.model.init is Init.pretrained)
+    weights = open_model(
+        config.model.pretrained, revision=config.model.revision, variant=config.model.variant
+    )
+    check_model(weights, config.model, reads_unet=config.model.init is Init.pretrained)
     length = config.model.text_encoder.max_position_embeddings
-    tokenizer = load_tokenizer(weights / "tokenizer", max_length=length)
+    tokenizer = load_tokenizer(weights.tokenizer_folder(), max_length=length)
     source = open_source(config.data, resolution=resolve.resolution(config))
     if config.train.max_samples is not None:
         source = FirstExamples(source, config.train.max_samples)

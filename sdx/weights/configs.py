@@ -7,19 +7,21 @@ is not always the schema's default. A file that asks for mathematics we do not h
 
 from dataclasses import fields
 from enum import Enum
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from sdx.config.schema import (
     DownBlock,
     HiddenAct,
+    Init,
     ModelConfig,
+    PredictionType,
     TextEncoderConfig,
     UNetConfig,
     VAEConfig,
 )
 from sdx.weights.errors import WeightsError
-from sdx.weights.load import read_json, read_scheduler_config
+from sdx.weights.model_files import ModelFiles
 
 # Defaults of diffusers 0.42 (UNet2DConditionModel, AutoencoderKL), transformers 5 (CLIPTextConfig).
 ABSENT: dict[str, dict[str, Any]] = {
@@ -108,13 +110,28 @@ UP_BLOCKS = {
 NOT_COMPARED = {"sample_size"}
 
 
-def read_unet_config(folder: Path) -> UNetConfig:
-    """The UNet that `folder/unet/config.json` describes."""
-    found = _read(folder, "unet")
+def read_model(files: ModelFiles) -> ModelConfig:
+    """The model that the files describe: the architecture of each part, and the prediction type."""
+    unet, vae = read_unet_config(files), read_vae_config(files)
+    return ModelConfig(
+        name=PurePath(files.source).name,
+        pretrained=files.source,
+        init=Init.pretrained,
+        resolution=unet.sample_size * 2 ** (len(vae.block_out_channels) - 1),
+        prediction_type=read_prediction_type(files),
+        unet=unet,
+        vae=vae,
+        text_encoder=read_text_encoder_config(files),
+    )
+
+
+def read_unet_config(files: ModelFiles) -> UNetConfig:
+    """The UNet that unet/config.json describes."""
+    found = _read(files, "unet")
     mirrored = [UP_BLOCKS.get(kind) for kind in reversed(found["down_block_types"])]
     if found.get("up_block_types", mirrored) != mirrored:
         raise WeightsError(
-            f"{folder / 'unet' / 'config.json'}: up_block_types={found['up_block_types']} does not "
+            f"{files.where('unet')}: up_block_types={found['up_block_types']} does not "
             f"mirror down_block_types={found['down_block_types']}, as sdx builds them."
         )
     heads = found["attention_head_dim"]
@@ -124,54 +141,64 @@ def read_unet_config(folder: Path) -> UNetConfig:
     return _make(UNetConfig, found | {"attention_head_dim": heads, "down_block_types": kinds})
 
 
-def read_vae_config(folder: Path) -> VAEConfig:
-    """The autoencoder that `folder/vae/config.json` describes."""
-    return _make(VAEConfig, _read(folder, "vae"))
+def read_vae_config(files: ModelFiles) -> VAEConfig:
+    """The autoencoder that vae/config.json describes."""
+    return _make(VAEConfig, _read(files, "vae"))
 
 
-def read_text_encoder_config(folder: Path) -> TextEncoderConfig:
-    """The text encoder that `folder/text_encoder/config.json` describes."""
-    found = _read(folder, "text_encoder")
+def read_text_encoder_config(files: ModelFiles) -> TextEncoderConfig:
+    """The text encoder that text_encoder/config.json describes."""
+    found = _read(files, "text_encoder")
     if found["hidden_act"] not in HiddenAct.__members__:
         raise WeightsError(
-            f"{folder / 'text_encoder' / 'config.json'}: hidden_act={found['hidden_act']} is not "
+            f"{files.where('text_encoder')}: hidden_act={found['hidden_act']} is not "
             f"one of {', '.join(HiddenAct.__members__)}."
         )
     return _make(TextEncoderConfig, found | {"hidden_act": HiddenAct[found["hidden_act"]]})
 
 
-def check_folder(folder: Path, model: ModelConfig, *, reads_unet: bool) -> None:
-    """Raises a WeightsError with every key in which the folder's files and `model` disagree.
+def read_prediction_type(files: ModelFiles) -> PredictionType:
+    """What the UNet was trained to output, by its scheduler's config."""
+    name = (files.config("scheduler") or {}).get("prediction_type", "epsilon")
+    if name not in PredictionType.__members__:
+        raise WeightsError(
+            f"{files.where('scheduler')}: prediction_type={name} is not one of "
+            f"{', '.join(PredictionType.__members__)}."
+        )
+    return PredictionType[name]
+
+
+def check_model(files: ModelFiles, model: ModelConfig, *, reads_unet: bool) -> None:
+    """Raises a WeightsError with every key in which the files and `model` disagree.
 
     Without `reads_unet` (training from random) only what is read must agree: autoencoder and text
     encoder.
     """
     pairs: list[tuple[str, Any, Any]] = [
-        ("vae", read_vae_config(folder), model.vae),
-        ("text_encoder", read_text_encoder_config(folder), model.text_encoder),
+        ("vae", read_vae_config(files), model.vae),
+        ("text_encoder", read_text_encoder_config(files), model.text_encoder),
     ]
     faults = []
     if reads_unet:
-        pairs.append(("unet", read_unet_config(folder), model.unet))
-        trained = read_scheduler_config(folder).get("prediction_type", "epsilon")
-        if trained != model.prediction_type.name:
+        pairs.append(("unet", read_unet_config(files), model.unet))
+        trained = read_prediction_type(files)
+        if trained is not model.prediction_type:
             faults.append(
                 f"model.prediction_type is {model.prediction_type.name}, "
-                f"in scheduler/scheduler_config.json {trained}"
+                f"in scheduler/scheduler_config.json {trained.name}"
             )
     for component, found, wanted in pairs:
         faults += _differences(component, found, wanted)
     if faults:
         raise WeightsError(
-            f"{folder}: {len(faults)} keys differ between model={model.name} and its files; choose "
-            f"the model group that fits them, or set these keys:",
+            f"{files.source}: {len(faults)} keys differ between model={model.name} and its files; "
+            f"choose the model group that fits them, or set these keys:",
             faults,
         )
 
 
-def _read(folder: Path, component: str) -> dict[str, Any]:
-    path = folder / component / "config.json"
-    found = ABSENT[component] | read_json(path)
+def _read(files: ModelFiles, component: str) -> dict[str, Any]:
+    found = ABSENT[component] | (files.config(component) or {})
     faults = [
         f"{key}={found[key]}: sdx computes only {' or '.join(map(str, allowed))}"
         for key, allowed in ONLY[component].items()
@@ -184,7 +211,9 @@ def _read(folder: Path, component: str) -> dict[str, Any]:
             if kind not in UP_BLOCKS
         ]
     if faults:
-        raise WeightsError(f"{path}: {len(faults)} keys ask for another network:", faults)
+        raise WeightsError(
+            f"{files.where(component)}: {len(faults)} keys ask for another network:", faults
+        )
     return found
 
 

@@ -22,6 +22,7 @@ from sdx.data.shapes import ShapesSource, combinations
 from sdx.data.tokenizer import Tokenizer, load_tokenizer
 from sdx.models.module import Params
 from sdx.weights.load import load_text_encoder, load_vae
+from sdx.weights.model_files import open_model
 
 TEXTS = [
     "a small red circle on a blue background",
@@ -49,13 +50,13 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def vae(config: Config, folder: Path) -> Params:
-    return load_vae(folder, make_vae(config.model.vae).abstract())
+    return load_vae(open_model(str(folder)), make_vae(config.model.vae).abstract())
 
 
 @pytest.fixture(scope="module")
 def text_encoder(config: Config, folder: Path) -> Params:
     network = make_text_encoder(config.model.text_encoder)
-    return load_text_encoder(folder, network.abstract())
+    return load_text_encoder(open_model(str(folder)), network.abstract())
 
 
 def held_out_pictures(num_images: int) -> tuple[np.ndarray, list[str]]:

@@ -1,7 +1,7 @@
 """Small Stable Diffusion folders that diffusers and transformers write, with the torch models."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from sdx.config.schema import MatmulPrecision, ModelConfig, PredictionType
+from sdx.config.schema import MatmulPrecision, ModelConfig
 from sdx.models.attention import dot_product_attention
 from sdx.models.networks import Networks, make_networks
-from sdx.weights.configs import read_text_encoder_config, read_unet_config, read_vae_config
+from sdx.weights.configs import read_model
+from sdx.weights.model_files import ModelFiles, open_model
 
 # One of each: 2.x has linear projections, heads by level, upcast logits and the exact GELU.
 UNETS: dict[str, dict[str, Any]] = {
@@ -40,16 +41,16 @@ class Reference:
     text_encoder: Any
 
     @property
+    def files(self) -> ModelFiles:
+        return open_model(str(self.folder))
+
+    @property
     def model(self) -> ModelConfig:
-        return ModelConfig(
+        return replace(
+            read_model(self.files),
             name=self.kind,
-            pretrained=str(self.folder),
             resolution=16,
-            prediction_type=PredictionType[PREDICTION_TYPES[self.kind]],
             matmul_precision=MatmulPrecision.highest,
-            unet=read_unet_config(self.folder),
-            vae=read_vae_config(self.folder),
-            text_encoder=read_text_encoder_config(self.folder),
         )
 
     @property

@@ -15,12 +15,13 @@ from sdx.config.schema import DownBlock, HiddenAct, PredictionType
 from sdx.weights.configs import (
     ABSENT,
     ONLY,
-    check_folder,
+    check_model,
     read_text_encoder_config,
     read_unet_config,
     read_vae_config,
 )
 from sdx.weights.errors import WeightsError
+from sdx.weights.model_files import open_model
 
 
 @pytest.fixture
@@ -35,14 +36,14 @@ def edit(path: Path, *absent: str, **changes: Any) -> None:
 
 
 def test_what_torch_wrote_is_read(reference: Any) -> None:
-    unet = read_unet_config(reference.folder)
+    unet = read_unet_config(reference.files)
     assert unet.down_block_types == [DownBlock.CrossAttnDownBlock2D, DownBlock.DownBlock2D]
     assert unet.attention_head_dim == ([2, 2] if reference.kind == "sd1" else [2, 4])
     assert unet.use_linear_projection == (reference.kind == "sd2")
     assert unet.upcast_attention == (reference.kind == "sd2")
-    assert read_vae_config(reference.folder).scaling_factor == 0.18215
+    assert read_vae_config(reference.files).scaling_factor == 0.18215
     act = HiddenAct.quick_gelu if reference.kind == "sd1" else HiddenAct.gelu
-    assert read_text_encoder_config(reference.folder).hidden_act is act
+    assert read_text_encoder_config(reference.files).hidden_act is act
 
 
 def test_absent_keys_mean_what_the_libraries_mean() -> None:
@@ -71,13 +72,13 @@ def test_absent_keys_mean_what_the_libraries_mean() -> None:
 
 def test_a_vae_without_its_scaling_factor(folder: Path) -> None:
     edit(folder / "vae/config.json", "scaling_factor")
-    assert read_vae_config(folder).scaling_factor == 0.18215
+    assert read_vae_config(open_model(str(folder))).scaling_factor == 0.18215
 
 
 def test_another_network_is_refused(folder: Path) -> None:
     edit(folder / "unet/config.json", class_embed_type="timestep", time_cond_proj_dim=8)
     with pytest.raises(WeightsError) as error:
-        read_unet_config(folder)
+        read_unet_config(open_model(str(folder)))
     assert error.value.faults == [
         "class_embed_type=timestep: sdx computes only None",
         "time_cond_proj_dim=8: sdx computes only None",
@@ -96,11 +97,11 @@ def test_unknown_parts(folder: Path, file: str, changes: dict[str, Any], match: 
     edit(folder / file / "config.json", **changes)
     read = read_unet_config if file == "unet" else read_text_encoder_config
     with pytest.raises(WeightsError, match=match):
-        read(folder)
+        read(open_model(str(folder)))
 
 
 def test_a_folder_that_fits(sd2: Any) -> None:
-    check_folder(sd2.folder, sd2.model, reads_unet=True)
+    check_model(sd2.files, sd2.model, reads_unet=True)
 
 
 def test_every_difference_is_told(sd2: Any) -> None:
@@ -113,7 +114,7 @@ def test_every_difference_is_told(sd2: Any) -> None:
         text_encoder=replace(model.text_encoder, hidden_act=HiddenAct.quick_gelu),
     )
     with pytest.raises(WeightsError) as error:
-        check_folder(sd2.folder, model, reads_unet=True)
+        check_model(sd2.files, model, reads_unet=True)
     assert sorted(error.value.faults) == [
         "model.prediction_type is epsilon, in scheduler/scheduler_config.json v_prediction",
         "model.text_encoder.hidden_act is quick_gelu, in text_encoder/config.json gelu",
@@ -125,6 +126,6 @@ def test_every_difference_is_told(sd2: Any) -> None:
 def test_random_start_needs_no_unet(folder: Path, sd2: Any) -> None:
     shutil.rmtree(folder / "unet")
     shutil.rmtree(folder / "scheduler")
-    check_folder(folder, sd2.model, reads_unet=False)
+    check_model(open_model(str(folder)), sd2.model, reads_unet=False)
     with pytest.raises(WeightsError, match="unet"):
-        check_folder(folder, sd2.model, reads_unet=True)
+        check_model(open_model(str(folder)), sd2.model, reads_unet=True)

@@ -12,15 +12,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sdx.models.module import flat
+from sdx.weights.configs import read_prediction_type
 from sdx.weights.errors import WeightsError
-from sdx.weights.load import (
-    load_text_encoder,
-    load_unet,
-    load_vae,
-    read_json,
-    read_scheduler_config,
-    resolve_folder,
-)
+from sdx.weights.folder import read_json
+from sdx.weights.load import load_text_encoder, load_unet, load_vae
+from sdx.weights.model_files import open_model
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 OLD_VAE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -59,8 +55,10 @@ def test_both_dialects_load_alike(sd2: Any, folder: Path) -> None:
     rewrite(folder / "vae/diffusion_pytorch_model.safetensors", old_vae)
     rewrite(folder / "text_encoder/model.safetensors", old_text)
     vae, text = sd2.networks.vae.abstract(), sd2.networks.text_encoder.abstract()
-    assert_equal(load_vae(folder, vae), load_vae(sd2.folder, vae))
-    assert_equal(load_text_encoder(folder, text), load_text_encoder(sd2.folder, text))
+    assert_equal(load_vae(open_model(str(folder)), vae), load_vae(sd2.files, vae))
+    assert_equal(
+        load_text_encoder(open_model(str(folder)), text), load_text_encoder(sd2.files, text)
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
@@ -69,7 +67,7 @@ def test_half_precision_files_are_cast(sd2: Any, folder: Path, dtype: Any) -> No
     half = folder / "unet/diffusion_pytorch_model.fp16.safetensors"
     (folder / UNET_FILE).rename(half)
     rewrite(half, lambda tensors: {name: t.astype(dtype) for name, t in tensors.items()})
-    loaded, exact = load_unet(folder, abstract), load_unet(sd2.folder, abstract)
+    loaded, exact = load_unet(open_model(str(folder)), abstract), load_unet(sd2.files, abstract)
     for path, value in flat(loaded).items():
         assert value.dtype == jnp.float32
         np.testing.assert_allclose(value, flat(exact)[path], rtol=1e-2, atol=1e-6)
@@ -81,7 +79,7 @@ def test_arrays_land_where_they_are_wanted(sd2: Any) -> None:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=sharding),
         sd2.networks.vae.abstract(),
     )
-    for value in flat(load_vae(sd2.folder, abstract)).values():
+    for value in flat(load_vae(sd2.files, abstract)).values():
         assert (value.dtype, value.sharding) == (jnp.bfloat16, sharding)
 
 
@@ -94,7 +92,7 @@ def test_all_faults_are_told_at_once(sd2: Any, folder: Path) -> None:
 
     rewrite(folder / UNET_FILE, change)
     with pytest.raises(WeightsError) as error:
-        load_unet(folder, sd2.networks.unet.abstract())
+        load_unet(open_model(str(folder)), sd2.networks.unet.abstract())
     assert error.value.faults == [
         "conv_out.bias is missing in the file",
         "class_embedding.weight is in the file, but not in the model",
@@ -107,7 +105,7 @@ def test_all_faults_are_told_at_once(sd2: Any, folder: Path) -> None:
 def test_a_long_list_of_faults_is_cut(sd2: Any, folder: Path) -> None:
     rewrite(folder / UNET_FILE, lambda tensors: {f"lora.{n}": t for n, t in tensors.items()})
     with pytest.raises(WeightsError, match="LoRA adapter") as error:
-        load_unet(folder, sd2.networks.unet.abstract())
+        load_unet(open_model(str(folder)), sd2.networks.unet.abstract())
     count = 2 * len(flat(sd2.networks.unet.abstract()))
     assert len(error.value.faults) == count
     assert f"and {count - 12} more" in str(error.value)
@@ -123,14 +121,14 @@ def test_a_1x_file_in_a_2x_model(tmp_path: Path, sd2: Any, folder: Path) -> None
 
     rewrite(folder / UNET_FILE, one_by_one)
     with pytest.raises(WeightsError, match="use_linear_projection=false"):
-        load_unet(folder, sd2.networks.unet.abstract())
+        load_unet(open_model(str(folder)), sd2.networks.unet.abstract())
 
 
 def test_a_file_cut_short(sd2: Any, folder: Path) -> None:
     path = folder / UNET_FILE
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(WeightsError, match="damaged or cut short"):
-        load_unet(folder, sd2.networks.unet.abstract())
+        load_unet(open_model(str(folder)), sd2.networks.unet.abstract())
 
 
 @pytest.mark.parametrize(
@@ -144,7 +142,7 @@ def test_a_file_cut_short(sd2: Any, folder: Path) -> None:
 def test_other_files_than_the_one(sd2: Any, folder: Path, name: str, reason: str) -> None:
     (folder / UNET_FILE).rename(folder / "unet" / name)
     with pytest.raises(WeightsError, match=reason):
-        load_unet(folder, sd2.networks.unet.abstract())
+        load_unet(open_model(str(folder)), sd2.networks.unet.abstract())
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", None])
@@ -157,26 +155,26 @@ def test_unreadable_json(tmp_path: Path, text: str | None) -> None:
 
 
 def test_scheduler_config(sd2: Any) -> None:
-    assert read_scheduler_config(sd2.folder)["prediction_type"] == "v_prediction"
+    assert read_prediction_type(sd2.files).name == "v_prediction"
 
 
 def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
 
-    def download(source: str, allow_patterns: list[str]) -> str:
+    def download(source: str, revision: str | None, allow_patterns: list[str]) -> str:
         asked[source] = allow_patterns
         if source == "nobody/nothing":
             raise OSError("404 Not Found\nlong story")
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert resolve_folder(str(tmp_path)) == tmp_path
-    assert resolve_folder("tiny").parts[-3:] == ("sdx", "assets", "tiny")
-    assert resolve_folder("owner/model") == tmp_path
+    assert open_model(str(tmp_path)).tokenizer_folder() == tmp_path / "tokenizer"
+    assert open_model("tiny").tokenizer_folder().parts[-3:] == ("assets", "tiny", "tokenizer")
+    assert open_model("owner/model").tokenizer_folder() == tmp_path / "tokenizer"
     assert UNET_FILE in asked["owner/model"]
     assert not any(pattern.endswith((".bin", ".ckpt")) for pattern in asked["owner/model"])
     with pytest.raises(WeightsError, match="404 Not Found") as error:
-        resolve_folder("nobody/nothing")
+        open_model("nobody/nothing")
     assert "long story" not in str(error.value)
     with pytest.raises(WeightsError, match="no such folder"):
-        resolve_folder("/nowhere/at/all")
+        open_model("/nowhere/at/all")

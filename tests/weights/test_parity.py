@@ -33,14 +33,14 @@ def assert_close(ours: jax.Array, theirs: torch.Tensor) -> None:
 def test_text_states(reference: Any) -> None:
     tokens = np.random.default_rng(0).integers(0, 99, (2, 77), dtype=np.int32)
     text = reference.networks.text_encoder
-    params = load_text_encoder(reference.folder, text.abstract())
+    params = load_text_encoder(reference.files, text.abstract())
     ours = jax.jit(text.apply)(params, jnp.asarray(tokens))
     assert_close(ours, reference.text_encoder(torch.from_numpy(tokens).long()).last_hidden_state)
 
 
 def test_images_to_moments_and_back(reference: Any) -> None:
     vae = reference.networks.vae
-    params = load_vae(reference.folder, vae.abstract())
+    params = load_vae(reference.files, vae.abstract())
     images, latents = normal(1, 2, 12, 20, 3), normal(2, 2, 6, 10, 4)
     encode = jax.jit(lambda params, x: vae.apply(params, x, method="encode"))
     decode = jax.jit(lambda params, x: vae.apply(params, x, method="decode"))
@@ -52,7 +52,7 @@ def test_images_to_moments_and_back(reference: Any) -> None:
 
 def test_predictions_on_sides_no_level_divides(reference: Any) -> None:
     unet = reference.networks.unet
-    params = load_unet(reference.folder, unet.abstract())
+    params = load_unet(reference.files, unet.abstract())
     sample, context = normal(3, 1, 7, 10, 4), normal(4, 1, 77, 24)
     ours = jax.jit(unet.apply)(params, *map(jnp.asarray, (sample, np.array([999]), context)))
     timesteps = torch.tensor([999])
@@ -61,7 +61,7 @@ def test_predictions_on_sides_no_level_divides(reference: Any) -> None:
 
 def test_predictions_and_every_gradient(reference: Any) -> None:
     unet = reference.networks.unet
-    params = load_unet(reference.folder, unet.abstract())
+    params = load_unet(reference.files, unet.abstract())
     sample, target, context = normal(5, 2, 8, 8, 4), normal(6, 2, 8, 8, 4), normal(7, 2, 77, 24)
     timesteps = np.array([3, 901])
 
