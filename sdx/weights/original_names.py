@@ -9,8 +9,11 @@ loader (diffusers/loaders/single_file_utils.py).
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+from sdx.weights.names import current_name
 
 # Where a component lies; of the text encoder also how it is written.
 PREFIXES: dict[str, tuple[str, ...]] = {
@@ -121,13 +124,48 @@ def _without_prefix(name: str) -> str:
 
 
 def _unet(names: Iterable[str]) -> Callable[[str], str]:
-    """Spelling of UNet names; `names` tell how many blocks a level has."""
-    blocks = max([number for name in names if (number := _downsampler(name))], default=0)
-    lowest = min([number for name in names if (number := _downsampler(name))], default=0)
-    del blocks
-    return lambda name: name
+    """How names of the UNet are spelt today; the first downsampler ends the first level."""
+    downsamplers = (re.match(r"input_blocks\.(\d+)\.0\.op\.", name) for name in names)
+    blocks_per_level = min((int(match[1]) for match in downsamplers if match), default=sys.maxsize)
+
+    def today(name: str) -> str:
+        for pattern, block, first in UNET_BLOCKS:
+            match = re.match(pattern, name)
+            if match and int(match[1]) >= first:
+                level, layer = divmod(int(match[1]) - first, blocks_per_level)
+                name = block.format(level=level, layer=layer) + name[match.end() :]
+        return _spelt(name, UNET)
+
+    return today
 
 
-def _downsampler(name: str) -> int | None:
-    found = re.match(r"input_blocks\.(\d+)\.0\.op\.", name)
-    return int(found[1]) if found else None
+def _vae(names: Iterable[str]) -> Callable[[str], str]:
+    """How names of the autoencoder are spelt today; the decoder counted its levels backwards."""
+    levels = re.compile(r"(?<=decoder\.up\.)\d+")
+    last = max((int(found[0]) for found in map(levels.search, names) if found), default=0)
+
+    def today(name: str) -> str:
+        return _spelt(levels.sub(lambda match: str(last - int(match[0])), name), VAE)
+
+    return today
+
+
+def _text_encoder(theirs: dict[str, str]) -> dict[str, Place]:
+    found = {}
+    for short, name in theirs.items():
+        if not OPEN_CLIP.match(name):
+            current = current_name("text_encoder", short)
+            found |= {} if current is None else {current: Place(name)}
+        elif match := FUSED.search(short):
+            stem = _spelt(short[: match.start()], OPEN_CLIP_TEXT)
+            for third, letter in enumerate("qkv"):
+                found[f"{stem}.self_attn.{letter}_proj.{match[1]}"] = Place(name, third)
+        else:
+            found[_spelt(short, OPEN_CLIP_TEXT)] = Place(name)
+    return found
+
+
+def _spelt(name: str, spellings: Spellings) -> str:
+    for pattern, today in spellings:
+        name = re.sub(pattern, today, name)
+    return name
