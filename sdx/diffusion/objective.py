@@ -5,13 +5,40 @@ v-prediction: Salimans & Ho 2022, arXiv 2202.00512, appendix D. Min-SNR: Hang et
 2303.09556, with diffusers' convention for v (train_text_to_image.py, snr_gamma).
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import assert_never
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sdx.config.schema import PredictionType
-from sdx.diffusion.schedule import NoiseSchedule
+from sdx.config.schema import DiffusionConfig, PredictionType
+from sdx.diffusion.schedule import NoiseSchedule, make_schedule
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a UNet is trained to output, and how much each example counts."""
+
+    schedule: NoiseSchedule
+    target: Callable[
+        [Float[Array, "b h w c"], Float[Array, "b h w c"], Int[Array, " b"]],
+        Float[Array, "b h w c"],
+    ]
+    """(latents, noise, timesteps) to what the UNet must output."""
+    weigh: Callable[[Float[Array, " b"], Int[Array, " b"]], Float[Array, " b"]]
+    """(shares of the examples in the loss, timesteps) to the shares that the loss gives them."""
+
+
+def make_objective(diffusion: DiffusionConfig, prediction_type: PredictionType) -> Objective:
+    """The objective that `diffusion` describes, for a UNet that outputs `prediction_type`."""
+    schedule = make_schedule(diffusion)
+    return Objective(
+        schedule=schedule,
+        target=partial(target, prediction_type, schedule),
+        weigh=_weighing(prediction_type, schedule, diffusion.snr_gamma),
+    )
 
 
 def target(
@@ -79,3 +106,13 @@ def snr_weights(
         case PredictionType.sample:
             return jnp.minimum(snr, gamma)
     assert_never(prediction_type)
+
+
+def _weighing(
+    prediction_type: PredictionType, schedule: NoiseSchedule, gamma: float | None
+) -> Callable[[Float[Array, " b"], Int[Array, " b"]], Float[Array, " b"]]:
+    if gamma is None:
+        return lambda shares, timesteps: shares
+    return lambda shares, timesteps: (
+        shares * snr_weights(prediction_type, schedule, timesteps, gamma)
+    )

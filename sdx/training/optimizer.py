@@ -7,7 +7,8 @@ advance.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, assert_never
 
 import jax
@@ -20,20 +21,22 @@ from sdx.config.schema import LrScheduleConfig, LrScheduleKind, OptimizerConfig,
 CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6
 
 LrSchedule = Callable[[Int[Array, ""]], Float[Array, ""]]
+Rates = LrSchedule | Mapping[str, LrSchedule]
+"""One schedule for all parameters, or one for each network of the tree."""
 
 
-def make_optimizer(optimizer: OptimizerConfig, lr: LrSchedule) -> optax.GradientTransformation:
+def make_optimizer(optimizer: OptimizerConfig, rates: Rates) -> optax.GradientTransformation:
     """The update rule of `optimizer` without clipping, which the step does: it has the norm."""
     match optimizer.kind:
         case OptimizerKind.adamw:
             return adamw(
-                lr, optimizer.b1, optimizer.b2, eps=optimizer.eps, decay=optimizer.weight_decay
+                rates, optimizer.b1, optimizer.b2, eps=optimizer.eps, decay=optimizer.weight_decay
             )
     assert_never(optimizer.kind)
 
 
 def adamw(
-    lr: LrSchedule, b1: float, b2: float, *, eps: float, decay: float
+    rates: Rates, b1: float, b2: float, *, eps: float, decay: float
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2), decay on every parameter.
 
@@ -48,14 +51,17 @@ def adamw(
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.OptState]:
         count = state.count + 1
         correct1, correct2 = _bias_correction(b1, count), _bias_correction(b2, count)
-        rate = lr(state.count)
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
         nu = jax.tree.map(lambda n, g: b2 * n + (1 - b2) * g * g, state.nu, updates)
 
-        def change(m: Array, n: Array, p: Array) -> Array:
+        def change(rate: Array, m: Array, n: Array, p: Array) -> Array:
             return -rate * (m / correct1 / (jnp.sqrt(n / correct2) + eps) + decay * p)
 
-        return jax.tree.map(change, mu, nu, params), optax.ScaleByAdamState(count, mu, nu)
+        def change_all(rate: LrSchedule, *trees: Any) -> Any:
+            return jax.tree.map(partial(change, rate(state.count)), *trees)
+
+        changes = jax.tree.map(change_all, rates, mu, nu, params)  # a schedule is a leaf
+        return changes, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
 

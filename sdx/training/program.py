@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered, Wrapped
-from jaxtyping import Array, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 
 from sdx.config import resolve
 from sdx.config.schema import Config
-from sdx.diffusion.schedule import make_schedule
+from sdx.diffusion.objective import make_objective
 from sdx.models import flops
 from sdx.models.attention import select_attention
 from sdx.models.networks import Networks, make_networks
@@ -192,19 +192,28 @@ def _make_rule(
         decay_steps=resolve.decay_steps(config, max_steps),
     )
     return StepRule(
-        predict=networks.unet.apply,
-        schedule=make_schedule(config.diffusion),
-        prediction_type=resolve.prediction_type(config),
-        snr_gamma=config.diffusion.snr_gamma,
+        predict=partial(_predict, networks),
+        objective=make_objective(config.diffusion, resolve.prediction_type(config)),
         scaling_factor=config.model.vae.scaling_factor,
         optimizer=make_optimizer(config.optimizer, lr),
-        lr=lr,
+        rates={"lr": lr},
         max_grad_norm=config.optimizer.max_grad_norm,
         ema_decay=config.train.ema_decay,
         seed=config.run.seed,
         gradient_accumulation=config.train.gradient_accumulation,
         unroll=mesh.devices.flat[0].platform == "cpu",
     )
+
+
+def _predict(
+    networks: Networks,
+    params: Params,
+    noisy: Float[Array, "b h w c"],
+    timesteps: Int[Array, " b"],
+    context: Float[Array, "b s d"],
+) -> Float[Array, "b h w c"]:
+    """The UNet's raw output."""
+    return networks.unet.apply(params["unet"], noisy, timesteps, context)
 
 
 def _initial(rule: StepRule, ema: bool, unet: Params) -> TrainState:

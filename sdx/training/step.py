@@ -6,7 +6,7 @@ so it depends neither on the mesh nor on accumulation. A non-finite loss or grad
 moments and average as they are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,21 +15,22 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from sdx.config.schema import PredictionType
-from sdx.diffusion.objective import snr_weights, target
-from sdx.diffusion.schedule import NoiseSchedule
+from sdx.diffusion.objective import Objective
 from sdx.training.optimizer import LrSchedule, clip, ema_decay
 from sdx.training.state import Params, TrainState, select
 
 STREAMS = ("noise", "timesteps", "latents")
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
 
+Conditioning = Float[Array, "b s d"] | Int[Array, "b s"]
+"""What the UNet is told of the caption: text states, or token ids where the text encoder is trained
+and so part of the prediction."""
+
 Prediction = Callable[
-    [Any, Float[Array, "b h w c"], Int[Array, " b"], Float[Array, "b s d"]],
-    Float[Array, "b h w c"],
+    [Params, Float[Array, "b h w c"], Int[Array, " b"], Conditioning], Float[Array, "b h w c"]
 ]
-"""A UNet as a function of its parameters: (params, noisy latents, timesteps, context) to its raw
-output."""
+"""What is trained as a function of all its parameters: (params, noisy latents, timesteps,
+conditioning) to the UNet's raw output."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,11 @@ class StepRule:
     """What a step is made of, fixed when the program is built."""
 
     predict: Prediction
-    schedule: NoiseSchedule
-    prediction_type: PredictionType
-    snr_gamma: float | None
+    objective: Objective
     scaling_factor: float
     optimizer: optax.GradientTransformation
-    lr: LrSchedule
+    rates: Mapping[str, LrSchedule]
+    """Learning rates that the optimizer uses, by the name of their metric."""
     max_grad_norm: float | None
     ema_decay: float
     seed: int
@@ -58,7 +58,7 @@ class Examples(NamedTuple):
     noisy: Float[Array, "b h w c"]
     target: Float[Array, "b h w c"]
     timesteps: Int[Array, " b"]
-    context: Float[Array, "b s d"]
+    conditioning: Conditioning
     weights: Float[Array, " b"]
     """Share of each example in the loss; they sum to 1 without Min-SNR."""
 
@@ -67,16 +67,25 @@ def train_step(
     rule: StepRule,
     state: TrainState,
     moments: Float[Array, "b h w m"],
-    context: Float[Array, "b s d"],
+    conditioning: Conditioning,
     weights: Float[Array, " b"],
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """The state after one attempt, and its metrics; `weights` are 1 for good examples, 0 for
     unreadable ones.
 
-    Metrics: loss, grad_norm (before clipping), lr (of the next update), bad, num_bad_steps,
+    Metrics: as `update`.
+    """
+    return update(rule, state, draw_examples(rule, state.step, moments, conditioning, weights))
+
+
+def update(
+    rule: StepRule, state: TrainState, examples: Examples
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """The state after one attempt to learn from `examples`, and its metrics; draws nothing.
+
+    Metrics: loss, grad_norm (before clipping), the rates of the next update, bad, num_bad_steps,
     bad_in_a_row.
     """
-    examples = draw_examples(rule, state.step, moments, context, weights)
     loss, grads = loss_and_grads(rule, state.params, examples)
     norm = optax.tree.norm(_float32(grads))
     is_good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -92,7 +101,7 @@ def train_step(
     metrics = {
         "loss": loss,
         "grad_norm": norm,
-        "lr": rule.lr(state.num_updates),
+        **{name: rate(state.num_updates) for name, rate in rule.rates.items()},
         "bad": bad,
         "num_bad_steps": state.num_bad_steps,
         "bad_in_a_row": state.bad_in_a_row,
@@ -114,25 +123,23 @@ def draw_examples(
     rule: StepRule,
     step: Int[Array, ""],
     moments: Float[Array, "b h w m"],
-    context: Float[Array, "b s d"],
+    conditioning: Conditioning,
     weights: Float[Array, " b"],
 ) -> Examples:
     """Sample latents from `moments`, then noise and timesteps, for the whole batch at once."""
-    key = step_key(rule.seed, step)
+    key, objective = step_key(rule.seed, step), rule.objective
     latents = sample_latents(stream(key, "latents"), moments) * rule.scaling_factor
     noise = jax.random.normal(stream(key, "noise"), latents.shape)
     timesteps = jax.random.randint(
-        stream(key, "timesteps"), weights.shape, 0, rule.schedule.num_timesteps
+        stream(key, "timesteps"), weights.shape, 0, objective.schedule.num_timesteps
     )
     shares = weights / jnp.maximum(jnp.sum(weights), 1.0)
-    if rule.snr_gamma is not None:
-        shares *= snr_weights(rule.prediction_type, rule.schedule, timesteps, rule.snr_gamma)
     return Examples(
-        noisy=rule.schedule.add_noise(latents, noise, timesteps),
-        target=target(rule.prediction_type, rule.schedule, latents, noise, timesteps),
+        noisy=objective.schedule.add_noise(latents, noise, timesteps),
+        target=objective.target(latents, noise, timesteps),
         timesteps=timesteps,
-        context=context,
-        weights=shares,
+        conditioning=conditioning,
+        weights=objective.weigh(shares, timesteps),
     )
 
 
@@ -169,7 +176,7 @@ def loss_and_grads(
 def batch_loss(rule: StepRule, params: Params, examples: Examples) -> Float[Array, ""]:
     """Sum over examples of weight times mean squared error; float32."""
     prediction = rule.predict(
-        params["unet"], examples.noisy, examples.timesteps, examples.context
+        params, examples.noisy, examples.timesteps, examples.conditioning
     ).astype(jnp.float32)
     errors = jnp.mean(jnp.square(prediction - examples.target), axis=(1, 2, 3))
     return jnp.sum(examples.weights * errors)

@@ -181,7 +181,7 @@ def run_sdx(size: Size, folder: Path, threads: int, steps: int) -> Iterator[Any]
         Remat,
         UNetConfig,
     )
-    from sdx.diffusion.schedule import make_schedule
+    from sdx.diffusion.objective import make_objective
     from sdx.models.attention import select_attention
     from sdx.models.module import nested, pure
     from sdx.models.unet import UNet2DConditionModel
@@ -213,13 +213,11 @@ def run_sdx(size: Size, folder: Path, threads: int, steps: int) -> Iterator[Any]
     )
     lr: Callable[[Any], Any] = lambda count: jnp.float32(LR)  # noqa: E731
     rule = StepRule(
-        predict=unet.apply,
-        schedule=make_schedule(DiffusionConfig()),
-        prediction_type=PredictionType.epsilon,
-        snr_gamma=None,
+        predict=lambda params, *inputs: unet.apply(params["unet"], *inputs),
+        objective=make_objective(DiffusionConfig(), PredictionType.epsilon),
         scaling_factor=1.0,
         optimizer=adamw(lr, 0.9, 0.999, eps=1e-8, decay=WEIGHT_DECAY),
-        lr=lr,
+        rates={"lr": lr},
         max_grad_norm=MAX_NORM,
         ema_decay=0.0,
         seed=SEED,
@@ -233,7 +231,7 @@ def run_sdx(size: Size, folder: Path, threads: int, steps: int) -> Iterator[Any]
     batch = (moments, context, jnp.ones(size.batch))
     draw = jax.jit(lambda step: draw_examples(rule, step, *batch))
     drawn = [draw(jnp.int32(i)) for i in range(steps)]
-    names = ("noisy", "target", "timesteps", "context")
+    names = ("noisy", "target", "timesteps", "conditioning")
     arrays: dict[str, Any] = {
         f"{n}{i}": np.asarray(getattr(d, n)) for i, d in enumerate(drawn) for n in names
     }
@@ -302,7 +300,7 @@ def run_torch(size: Size, folder: Path, threads: int, steps: int) -> Iterator[An
         array = torch.from_numpy(files[f"{name}{number}"])
         return array.permute(0, 3, 1, 2).contiguous() if array.ndim == 4 else array
 
-    names = ("noisy", "target", "timesteps", "context")
+    names = ("noisy", "target", "timesteps", "conditioning")
     batches = [[read(name, number) for name in names] for number in range(steps)]
     optimizer = torch.optim.AdamW(unet.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     yield "ready"

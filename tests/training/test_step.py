@@ -22,8 +22,7 @@ from sdx.config.schema import (
     OptimizerKind,
     PredictionType,
 )
-from sdx.diffusion.objective import latents_and_noise
-from sdx.diffusion.schedule import make_schedule
+from sdx.diffusion.objective import latents_and_noise, make_objective
 from sdx.training import step as steps
 from sdx.training.optimizer import make_lr_schedule, make_optimizer
 from sdx.training.state import TrainState, initial_state
@@ -34,6 +33,7 @@ Batch = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def toy(params: Any, noisy: jax.Array, timesteps: jax.Array, context: jax.Array) -> jax.Array:
+    params = params["unet"]
     shift = jnp.einsum("bsd,dk->bk", context, params["context"])
     time = jnp.sin(timesteps.astype(jnp.float32))[:, None, None, None]
     hidden = jnp.tanh(noisy @ params["first"] + shift[:, None, None, :] + time)
@@ -52,18 +52,20 @@ def toy_params() -> dict[str, Any]:
     return {"unet": jax.tree.map(jnp.asarray, params)}
 
 
-def make_rule(**changes: Any) -> steps.StepRule:
+def make_rule(
+    kind: PredictionType = PredictionType.v_prediction,
+    diffusion: DiffusionConfig | None = None,
+    **changes: Any,
+) -> steps.StepRule:
     lr = make_lr_schedule(
         LrScheduleConfig(kind=LrScheduleKind.linear), lr=1e-2, warmup_steps=2, decay_steps=20
     )
     options = {
         "predict": toy,
-        "schedule": make_schedule(DiffusionConfig()),
-        "prediction_type": PredictionType.v_prediction,
-        "snr_gamma": None,
+        "objective": make_objective(diffusion or DiffusionConfig(), kind),
         "scaling_factor": 0.18215,
         "optimizer": make_optimizer(OptimizerConfig(kind=OptimizerKind.adamw, lr=1e-2), lr),
-        "lr": lr,
+        "rates": {"lr": lr},
         "max_grad_norm": 1.0,
         "ema_decay": 0.9999,
         "seed": 7,
@@ -93,7 +95,7 @@ def test_five_steps_are_torchs(kind: PredictionType, snr_gamma: float | None) ->
     them."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    rule, batch = make_rule(prediction_type=kind, snr_gamma=snr_gamma), make_batch()
+    rule, batch = make_rule(kind, DiffusionConfig(snr_gamma=snr_gamma)), make_batch()
     state = start(rule)
     theirs = {
         name: torch.nn.Parameter(torch.tensor(np.array(value)))
@@ -129,7 +131,7 @@ def torch_loss(
 ) -> Any:
     torch = pytest.importorskip("torch")
     noisy, target, context = (
-        torch.tensor(np.array(x)) for x in (examples.noisy, examples.target, examples.context)
+        torch.tensor(np.array(x)) for x in (examples.noisy, examples.target, examples.conditioning)
     )
     timesteps = np.array(examples.timesteps)
     shift = torch.einsum("bsd,dk->bk", context, params["context"])[:, None, None]
@@ -138,7 +140,7 @@ def torch_loss(
     prediction = hidden @ params["second"] + params["bias"]
     if gamma is None:
         return torch.nn.functional.mse_loss(prediction, target)
-    table = torch.tensor(rule.schedule.alphas_cumprod)[timesteps]
+    table = torch.tensor(rule.objective.schedule.alphas_cumprod)[timesteps]
     snr = table / (1 - table)
     weights = torch.clamp(snr, max=gamma) / (snr if kind is PredictionType.epsilon else snr + 1)
     return (((prediction - target) ** 2).mean(dim=(1, 2, 3)) * weights).mean()
@@ -197,7 +199,7 @@ def test_a_bad_step_leaves_everything_but_the_counters(bad: float) -> None:
 
 def test_infinite_gradients_of_a_finite_loss_are_bad_too() -> None:
     def steep(params: Any, noisy: jax.Array, *_: jax.Array) -> jax.Array:
-        return noisy * jnp.sqrt(jnp.sum(jnp.square(params["bias"] * 0)))  # gradient 0 / 0
+        return noisy * jnp.sqrt(jnp.sum(jnp.square(params["unet"]["bias"] * 0)))  # gradient 0 / 0
 
     rule = make_rule(predict=steep)
     state, metrics = jitted(rule)(start(rule), *make_batch())
@@ -240,13 +242,13 @@ def test_draws_have_the_moments_they_should() -> None:
 
 @pytest.mark.parametrize("kind", PredictionType)
 def test_latents_are_scaled_and_noised_as_the_target_says(kind: PredictionType) -> None:
-    rule = make_rule(prediction_type=kind)
+    rule = make_rule(kind)
     moments, context, weights = make_batch()
     mean, _ = jnp.split(moments, 2, axis=-1)
     certain = jnp.concatenate([mean, jnp.full_like(mean, -100.0)], axis=-1)  # clipped to -30
     drawn = steps.draw_examples(rule, jnp.int32(2), certain, context, weights)
     latents, noise = latents_and_noise(
-        kind, rule.schedule, drawn.target, drawn.noisy, drawn.timesteps
+        kind, rule.objective.schedule, drawn.target, drawn.noisy, drawn.timesteps
     )
     np.testing.assert_allclose(latents, 0.18215 * mean, atol=1e-4)
     expected = jax.random.normal(steps.stream(steps.step_key(7, jnp.int32(2)), "noise"), mean.shape)
@@ -258,7 +260,7 @@ def test_overfits_one_batch_and_says_the_same_twice() -> None:
         LrScheduleConfig(kind=LrScheduleKind.constant), lr=3e-2, warmup_steps=0, decay_steps=1
     )
     optimizer = make_optimizer(OptimizerConfig(kind=OptimizerKind.adamw, lr=3e-2), lr)
-    rule, batch = make_rule(optimizer=optimizer, lr=lr), make_batch(16)
+    rule, batch = make_rule(optimizer=optimizer, rates={"lr": lr}), make_batch(16)
     losses = [run_losses(rule, batch, 150) for _ in range(2)]
     assert losses[0] == losses[1]
     assert np.mean(losses[0][-20:]) < 0.5 * np.mean(losses[0][:5])
