@@ -3,9 +3,9 @@
 Such a file holds the UNet as one list of blocks, down to up, where diffusers has levels; the
 autoencoder's decoder counts its levels from the lowest resolution; 2.x has its text encoder as
 open_clip writes it, with query, key and value in one array. Sources: the modules of
-CompVis/latent-diffusion and Stability-AI/stablediffusion (ldm/modules/diffusionmodules/openaimodel.py
-and model.py, ldm/modules/encoders/modules.py); the tests hold the tables against diffusers' own
-loader (diffusers/loaders/single_file_utils.py).
+CompVis/latent-diffusion and Stability-AI/stablediffusion (openaimodel.py and model.py in
+ldm/modules/diffusionmodules, ldm/modules/encoders/modules.py); the tests hold the tables against
+diffusers' own loader (diffusers/loaders/single_file_utils.py).
 """
 
 import re
@@ -27,7 +27,7 @@ PREFIXES: dict[str, tuple[str, ...]] = {
     ),
 }
 OPEN_CLIP = re.compile(r"^(cond_stage_model|conditioner\.embedders\.0)\.model\.")
-# open_clip's ViT-H/14 has 24 layers, 2.x takes the text states before the last (layer="penultimate").
+# open_clip's ViT-H/14 has 24 layers, 2.x takes the text states before the last ("penultimate").
 UNUSED_LAYER = 23
 
 # (start of the original name, today's, number of the list's first block)
