@@ -17,13 +17,19 @@ from sdx.weights.model_files import ModelFiles, open_model
 
 # One of each: 2.x has linear projections, heads by level, upcast logits and the exact GELU.
 UNETS: dict[str, dict[str, Any]] = {
-    "sd1": {"layers_per_block": 2, "attention_head_dim": 2, "use_linear_projection": False},
-    "sd2": {
-        "layers_per_block": 1,
-        "attention_head_dim": [2, 4],
-        "use_linear_projection": True,
-        "upcast_attention": True,
-    },
+    "sd1": {"use_linear_projection": False},
+    "sd2": {"use_linear_projection": True, "upcast_attention": True},
+}
+# By number of levels. Four is what the published models have, of both UNet and autoencoder.
+CHANNELS = {2: (16, 32), 4: (20, 40, 80, 80)}
+VAE_CHANNELS = {2: (8, 16), 4: (8, 12, 16, 16)}
+LAYERS = {("sd1", 2): 2, ("sd2", 2): 1, ("sd1", 4): 1, ("sd2", 4): 1}
+# One count for all levels (heads grow wider, as 1.x's do), or one width (more heads, as 2.x's).
+HEADS: dict[tuple[str, int], int | list[int]] = {
+    ("sd1", 2): 2,
+    ("sd2", 2): [2, 4],
+    ("sd1", 4): 4,
+    ("sd2", 4): [2, 4, 8, 8],
 }
 ACTIVATIONS = {"sd1": "quick_gelu", "sd2": "gelu"}
 PREDICTION_TYPES = {"sd1": "epsilon", "sd2": "v_prediction"}
@@ -49,7 +55,6 @@ class Reference:
         return replace(
             read_model(self.files),
             name=self.kind,
-            resolution=16,
             matmul_precision=MatmulPrecision.highest,
         )
 
@@ -72,24 +77,26 @@ def sd2(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return make_reference("sd2", tmp_path_factory.mktemp("sd2"))
 
 
-def make_reference(kind: str, folder: Path) -> Reference:
+def make_reference(kind: str, folder: Path, levels: int = 2) -> Reference:
     with warnings.catch_warnings(action="ignore"):  # the libraries' own, at import and on saving
         diffusers: Any = import_module("diffusers")  # its stubs hide the classes it exports
         transformers: Any = import_module("transformers")
         torch.manual_seed(0)
         unet = diffusers.UNet2DConditionModel(
             sample_size=8,
-            block_out_channels=(16, 32),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=CHANNELS[levels],
+            layers_per_block=LAYERS[kind, levels],
+            attention_head_dim=HEADS[kind, levels],
+            down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
             cross_attention_dim=24,
             norm_num_groups=4,
             **UNETS[kind],
         )
         vae = diffusers.AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=VAE_CHANNELS[levels],
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
             layers_per_block=1,
             norm_num_groups=4,
         )
