@@ -39,6 +39,8 @@ from sdx.sampling.denoise import DenoiseRule, denoise, initial_latents
 from sdx.training.checkpoint import restore_params
 from sdx.weights.configs import read_model
 from sdx.weights.errors import WeightsError
+from sdx.weights.export import DIFFUSERS, SpecialTokens, save_model
+from sdx.weights.export_folder import export_folder
 from sdx.weights.load import load_text_encoder, load_unet, load_vae
 from sdx.weights.model_files import ModelFiles, open_model
 
@@ -85,6 +87,9 @@ class Pipeline:
     scaling_factor: float
     latent_shape: tuple[int, int, int]
     """Height, width and channels of what is drawn."""
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    tokenizer_folder: Path
     batch_size: int = BATCH_SIZE
 
     def with_unet(self, unet: Params) -> "Pipeline":
@@ -170,6 +175,35 @@ class Pipeline:
             drawn.append(clean if output == "latents" else np.asarray(self.decode_latents(clean)))
         return np.concatenate(drawn)[: len(prompts)].astype(np.float32)
 
+    def save(self, folder: str | Path, *, dtype: str = "float32") -> None:
+        """Writes diffusers' layout, for `StableDiffusionPipeline.from_pretrained(folder)`.
+
+        `folder` must be missing, empty, or hold what was saved of the same model before; it is
+        replaced once all is written. `dtype` is how the weights are stored: float32, float16 or
+        bfloat16. Raises ExportError with the reason.
+        """
+        with export_folder(Path(folder), {"of": self.model.name}) as draft:
+            self.write_files(draft, dtype=dtype)
+
+    def write_files(self, folder: Path, *, dtype: str = "float32") -> None:
+        """The files of `save`, put into a folder that is there and empty."""
+        side, *_ = self.latent_shape
+        drawn = replace(
+            self.model,
+            resolution=side * 2 ** (len(self.model.vae.block_out_channels) - 1),
+            unet=replace(self.model.unet, sample_size=side),
+        )
+        bos, eos = self.tokenizer.encode([""])[0, :2].tolist()
+        save_model(
+            folder,
+            self.params,
+            drawn,
+            scheduler=_scheduler_json(self.diffusion, self.functions.rule.prediction_type),
+            tokenizer=self.tokenizer_folder,
+            tokens=SpecialTokens(bos=bos, eos=eos, pad=self.tokenizer.pad_token_id),
+            dtype=dtype,
+        )
+
     def _place(self, x: Array | np.ndarray) -> Array:
         """On the mesh, split over its devices where the number of rows allows."""
         divides = len(x) % sharding.batch_divisor(self.mesh) == 0
@@ -203,6 +237,7 @@ def make_pipeline(
     *,
     model: ModelConfig,
     diffusion: DiffusionConfig,
+    tokenizer_folder: Path,
     resolution: int,
     batch_size: int = BATCH_SIZE,
 ) -> Pipeline:
@@ -216,6 +251,9 @@ def make_pipeline(
         mesh=mesh,
         scaling_factor=model.vae.scaling_factor,
         latent_shape=(side, side, model.vae.latent_channels),
+        model=model,
+        diffusion=diffusion,
+        tokenizer_folder=tokenizer_folder,
         batch_size=batch_size,
     )
 
@@ -259,7 +297,14 @@ def _assemble(
     length = model.text_encoder.max_position_embeddings
     tokenizer = load_tokenizer(files.tokenizer_folder(), max_length=length)
     return make_pipeline(
-        networks, params, tokenizer, mesh, model=model, diffusion=diffusion, resolution=resolution
+        networks,
+        params,
+        tokenizer,
+        mesh,
+        model=model,
+        diffusion=diffusion,
+        tokenizer_folder=files.tokenizer_folder(),
+        resolution=resolution,
     )
 
 
@@ -326,6 +371,18 @@ def _read_diffusion(files: ModelFiles) -> DiffusionConfig:
         key: kind[scheduler[key]] for key, kind in SCHEDULER_ENUMS.items() if key in scheduler
     }
     return DiffusionConfig(**found)
+
+
+def _scheduler_json(diffusion: DiffusionConfig, trained: PredictionType) -> dict[str, Any]:
+    return {
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": DIFFUSERS,
+        "prediction_type": trained.name,
+        **{key: getattr(diffusion, key) for key in SCHEDULER_NUMBERS},
+        "beta_schedule": diffusion.beta_schedule.name,
+        "timestep_spacing": diffusion.timestep_spacing.name,
+        **SCHEDULER_ONLY,
+    }
 
 
 def _one_for_each(texts: Sequence[str], count: int) -> Sequence[str]:

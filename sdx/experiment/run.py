@@ -280,6 +280,7 @@ class Attempt:
             self.setup.mesh,
             model=config.model,
             diffusion=config.diffusion,
+            tokenizer_folder=self.setup.weights.tokenizer_folder(),
             resolution=resolve.resolution(config),
         )
         return Gallery(config, self.setup.paths, pipeline, sinks, lambda: self.stop.requested)

@@ -5,8 +5,10 @@ Everything a run folder holds as text goes through here, except what is appended
 
 import json
 import os
+import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path, PurePath
@@ -51,6 +53,27 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise DamagedRecord(f"{path}: holds {type(value).__name__}, not a JSON object.")
     return value
+
+
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of `folder` at the end.
+
+    After an error `folder` is as it was.
+    """
+    draft, old = (
+        folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.{kind}") for kind in ("tmp", "old")
+    )
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(draft, folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def now() -> str:

@@ -1,0 +1,61 @@
+"""The folder that a model is written to: taken whole or not at all, and only where it may be."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sdx.record.files import DamagedRecord, read_json, replace_folder, write_json
+from sdx.weights.export import ExportError
+
+RECORD = "sdx.json"
+_SHOWN = 5
+
+
+@contextmanager
+def export_folder(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` once all is written.
+
+    `record` becomes `sdx.json` in it; its key `of` says what was exported. Raises ExportError where
+    `check_replaceable` does.
+    """
+    folder = folder.expanduser().resolve()  # a link stays, what it points to is replaced
+    check_replaceable(folder, record["of"])
+    with replace_folder(folder) as draft:
+        yield draft
+        write_json(draft / RECORD, {**record, "files": _files(draft)})
+
+
+def check_replaceable(folder: Path, of: str) -> None:
+    """Raises ExportError if `folder` holds anything but an earlier export of the same thing."""
+    folder = folder.expanduser()
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ExportError(f"{folder}: is a file; use another folder.")
+    record = exported(folder)
+    foreign = sorted(set(_files(folder)) - {RECORD, *record.get("files", [])})
+    if foreign:
+        more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
+        raise ExportError(
+            f"{folder}: holds {', '.join(foreign[:_SHOWN])}{more}, which sdx did not export; use "
+            "an empty folder or a new one."
+        )
+    if record and record.get("of") != of:
+        raise ExportError(
+            f"{folder}: holds an export of {record.get('of')}, not of {of}; use another folder."
+        )
+
+
+def exported(folder: Path) -> dict[str, Any]:
+    """The record of the export in `folder`; empty where there is none."""
+    try:
+        return read_json(folder / RECORD) or {}
+    except DamagedRecord:
+        return {}
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()
+    )
