@@ -70,6 +70,9 @@ def test_wheel_carries_configuration_and_model(wheel_python: Path, tmp_path: Pat
     shown = run(wheel_python, tmp_path, "--cfg", "job")
     assert shown.returncode == 0, shown.stderr
     assert "name: tiny" in shown.stdout
+    clip = Path(where.strip()).parent / "assets" / "clip"
+    for kind in ("sd1", "sd2"):
+        assert (clip / kind / "vocab.json").is_file() and (clip / kind / "merges.txt").is_file()
 
 
 def test_wheel_trains_from_another_folder(wheel_python: Path, tmp_path: Path) -> None:
