@@ -41,7 +41,7 @@ from sdx.weights.configs import read_model
 from sdx.weights.errors import WeightsError
 from sdx.weights.export import DIFFUSERS, SpecialTokens, save_model
 from sdx.weights.export_folder import export_folder
-from sdx.weights.load import load_text_encoder, load_unet, load_vae
+from sdx.weights.load import LOADERS
 from sdx.weights.model_files import ModelFiles, open_model
 
 BATCH_SIZE = 8  # prompts drawn at once, so that any number of them compiles one program
@@ -92,9 +92,9 @@ class Pipeline:
     tokenizer_folder: Path
     batch_size: int = BATCH_SIZE
 
-    def with_unet(self, unet: Params) -> "Pipeline":
-        """This pipeline with other UNet weights; nothing is compiled again."""
-        return replace(self, params=self.params | {"unet": unet})
+    def with_params(self, params: Params) -> "Pipeline":
+        """This pipeline with other weights for the networks named; nothing is compiled again."""
+        return replace(self, params=self.params | params)
 
     def tokenize(self, texts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
         """Token ids, padded or cut to the text encoder's length."""
@@ -219,14 +219,13 @@ def load(source: str | Path, *, dtype: str = "float32") -> Pipeline:
     """
     run = Path(source).expanduser()
     if (run / "config.yaml").is_file():
-        return _load_run(run, dtype)
+        return load_run(run, dtype=dtype)[1]
     files = open_model(str(source))
     diffusion = _read_diffusion(files)
     model = read_model(files)
     networks = _networks(model, dtype)
     mesh = one_device_mesh()
-    unet = load_unet(files, _abstract(networks, mesh)["unet"])
-    return _assemble(files, networks, unet, mesh, model, diffusion, model.resolution)
+    return _assemble(files, networks, {}, mesh, model, diffusion, model.resolution)
 
 
 def make_pipeline(
@@ -258,42 +257,53 @@ def make_pipeline(
     )
 
 
-def _load_run(run: Path, dtype: str) -> Pipeline:
+def load_run(
+    run: Path,
+    *,
+    dtype: str = "float32",
+    which: Literal["ema", "params"] | None = None,
+    step: int | None = None,
+) -> tuple[int, Pipeline]:
+    """The step and the model of a run's checkpoint: that of `step`, or the newest.
+
+    `which` None gives the averaged weights where the run keeps them. Raises as `load` does, and
+    CheckpointMismatch for averages that were never kept.
+    """
     config = from_saved(run)
     networks = _networks(config.model, dtype)
     mesh = one_device_mesh()
-    which = "ema" if config.train.ema else "params"
-    _, restored = restore_params(RunPaths(run).checkpoints, which, say=print)
-    abstract = _abstract(networks, mesh)["unet"]
-    unet = jax.tree.map(
-        lambda x, like: jax.device_put(x, like.sharding), restored["unet"], abstract
+    which = which or ("ema" if config.train.ema else "params")
+    found, restored = restore_params(RunPaths(run).checkpoints, which, step=step, say=print)
+    abstract = _abstract(networks, mesh)
+    trained = jax.tree.map(
+        lambda x, like: jax.device_put(x, like.sharding),
+        restored,
+        {name: abstract[name] for name in restored},
     )
     diffusion = replace(config.diffusion, prediction_type=resolve.prediction_type(config))
     files = open_model(
         config.model.pretrained,
         revision=config.model.revision,
         variant=config.model.variant,
-        components=("vae", "text_encoder"),
+        components=[name for name in LOADERS if name not in trained],
     )
     side = resolve.resolution(config)
-    return _assemble(files, networks, unet, mesh, config.model, diffusion, side)
+    return found, _assemble(files, networks, trained, mesh, config.model, diffusion, side)
 
 
 def _assemble(
     files: ModelFiles,
     networks: Networks,
-    unet: Params,
+    trained: Params,
     mesh: Mesh,
     model: ModelConfig,
     diffusion: DiffusionConfig,
     resolution: int,
 ) -> Pipeline:
-    abstract = _abstract(networks, mesh)
-    params = {
-        "unet": unet,
-        "vae": load_vae(files, abstract["vae"]),
-        "text_encoder": load_text_encoder(files, abstract["text_encoder"]),
-    }
+    """The pipeline of the trained networks' weights and, for the others, those in `files`."""
+    wanted = _abstract(networks, mesh).items()
+    loaded = {name: LOADERS[name](files, like) for name, like in wanted if name not in trained}
+    params = trained | loaded
     length = model.text_encoder.max_position_embeddings
     tokenizer = load_tokenizer(files.tokenizer_folder(), max_length=length)
     return make_pipeline(
