@@ -126,7 +126,7 @@ def test_other_weights_draw_other_pictures_with_the_same_program(pipe: Pipeline)
     import jax
 
     before = pipe.sample(["fog"], num_steps=2)
-    halved = pipe.with_unet(jax.tree.map(lambda x: x * 0.5, pipe.params["unet"]))
+    halved = pipe.with_params({"unet": jax.tree.map(lambda x: x * 0.5, pipe.params["unet"])})
     assert halved.functions is pipe.functions
     assert np.abs(halved.sample(["fog"], num_steps=2) - before).max() > 1e-3
 

@@ -143,6 +143,12 @@ def learning_rate(config: Config, global_batch_size: int) -> float:
     return optimizer.lr * global_batch_size if optimizer.scale_lr else optimizer.lr
 
 
+def text_encoder_share(config: Config) -> float:
+    """The text encoder's learning rate as a share of the UNet's, at every step."""
+    optimizer = config.optimizer
+    return (optimizer.text_encoder_lr or optimizer.lr) / optimizer.lr
+
+
 def num_adherence_prompts(config: Config) -> int:
     """Held-out prompts judged at the end; 0 where pictures are off or the data has no judge."""
     if config.sample.every is None or config.data.kind is not DataKind.shapes:

@@ -72,7 +72,7 @@ class Gallery:
 
     def _sample(self, params: Params, prompts: Sequence[str]) -> np.ndarray:
         sample = self._config.sample
-        pipeline = self._pipeline.with_unet(params["unet"])
+        pipeline = self._pipeline.with_params(params)
         images = pipeline.sample(
             prompts,
             negative_prompts=[sample.negative_prompt],

@@ -54,7 +54,7 @@ from sdx.training.metrics import (
 )
 from sdx.training.program import Program, build
 from sdx.training.state import TrainState, sampling_params
-from sdx.weights.load import load_text_encoder, load_unet, load_vae
+from sdx.weights.load import LOADERS
 
 FINISHED, FAILED, REFUSED = 0, 1, 2
 
@@ -196,11 +196,12 @@ class Attempt:
         return program
 
     def _load_frozen(self, program: Program) -> Params:
-        abstract, files = program.abstract_frozen, self.setup.weights
-        return program.place_frozen(
-            vae=load_vae(files, abstract["vae"]),
-            text_encoder=load_text_encoder(files, abstract["text_encoder"]),
-        )
+        return program.place_frozen(**self._load(program.abstract_frozen))
+
+    def _load(self, abstract: Params) -> Params:
+        """The pretrained weights of these networks."""
+        files = self.setup.weights
+        return {name: LOADERS[name](files, like) for name, like in abstract.items()}
 
     def _train(self, program: Program, frozen: Params) -> int:
         setup, config, paths = self.setup, self.setup.config, self.setup.paths
@@ -266,10 +267,10 @@ class Attempt:
             self.say(
                 f"no checkpoint of its {self.record.step} steps was saved; from the start again"
             )
+        trained = dict(program.abstract_state.params)
         if config.model.init is Init.random:
-            return program.init()
-        like = program.abstract_state.params["unet"]
-        return program.init(load_unet(self.setup.weights, like))
+            del trained["unet"]
+        return program.init(**self._load(trained))
 
     def _gallery(self, program: Program, frozen: Params, sinks: Sequence[MetricSink]) -> Gallery:
         config = self.setup.config

@@ -23,7 +23,12 @@ class Networks:
 
 
 def make_networks(
-    model: ModelConfig, *, attention: AttentionFn, dtype: str, remat: Remat = Remat.none
+    model: ModelConfig,
+    *,
+    attention: AttentionFn,
+    dtype: str,
+    remat: Remat = Remat.none,
+    trains_text_encoder: bool = False,
 ) -> Networks:
     """The networks that `model` describes, computing in `dtype`; frozen ones are stored in
     float32."""
@@ -48,7 +53,10 @@ def make_networks(
         ),
         text_encoder=pure(
             lambda rngs: CLIPTextModel(
-                model.text_encoder, param_dtype=jnp.float32, rngs=rngs, **common
+                model.text_encoder,
+                param_dtype=weights if trains_text_encoder else jnp.float32,
+                rngs=rngs,
+                **common,
             )
         ),
     )

@@ -26,6 +26,12 @@ UNET_RULES: tuple[Rule, ...] = (
     (r"ff/net/0/proj/kernel$", P("fsdp", "tensor")),
     (r"ff/net/2/kernel$", P("tensor", "fsdp")),
 )
+TEXT_ENCODER_RULES: tuple[Rule, ...] = (
+    (r"self_attn/[qkv]_proj/kernel$", P("fsdp", "tensor")),
+    (r"self_attn/out_proj/kernel$", P("tensor", "fsdp")),
+    (r"mlp/fc1/kernel$", P("fsdp", "tensor")),
+    (r"mlp/fc2/kernel$", P("tensor", "fsdp")),
+)
 """Megatron's pairing (Shoeybi et al. 2019, arXiv 1909.08053, section 3): widen over `tensor`, then
 narrow over it."""
 

@@ -83,8 +83,8 @@ def train(
             with reporter.meter.waiting():
                 host = next(batches)
             batch = program.place_batch(host.images, host.tokens, host.weights)
-            moments, context = program.encode(frozen, batch.images, batch.tokens)
-            state, metrics = program.step(state, moments, context, batch.weights)
+            moments, conditioning = program.encode(frozen, batch.images, batch.tokens)
+            state, metrics = program.step(state, moments, conditioning, batch.weights)
             reporter.meter.count()
             step += 1
             if unread:

@@ -106,6 +106,11 @@ def make_lr_schedule(
     return rate
 
 
+def scaled(schedule: LrSchedule, share: float) -> LrSchedule:
+    """That share of the rate of `schedule`, as diffusers' schedulers treat parameter groups."""
+    return lambda count: share * schedule(count)
+
+
 def clip(grads: Any, norm: Float[Array, ""], max_norm: float) -> Any:
     """`grads`, whose global norm is `norm`, scaled down to at most `max_norm`."""
     scale = jnp.minimum(max_norm / (norm + CLIP_EPSILON), 1.0)

@@ -4,9 +4,12 @@ one mesh.
 The same `build` serves real devices (train), described ones with abstract arrays (plan) and virtual
 CPU devices (tests). Frozen weights are arguments of `encode`, so neither program holds them as
 constants, and a step does not know whether its moments were just encoded or come from a cache.
+A text encoder that is trained is part of the step, and what `encode` hands over for it is the
+tokens; a frozen one is not even an argument there, so that nothing can differentiate it.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,11 +28,13 @@ from sdx.models import flops
 from sdx.models.attention import select_attention
 from sdx.models.networks import Networks, make_networks
 from sdx.parallel import sharding
-from sdx.training.optimizer import make_lr_schedule, make_optimizer
+from sdx.training.optimizer import make_lr_schedule, make_optimizer, scaled
 from sdx.training.state import Params, TrainState, initial_state
-from sdx.training.step import StepRule, train_step
+from sdx.training.step import Prediction, StepRule, train_step
 
-INIT_STREAM = 2**32 - 1  # of the root key, where steps take their own numbers
+# Of the root key, where steps take their own numbers.
+INIT_STREAMS = {"unet": 2**32 - 1, "text_encoder": 2**32 - 2}
+RULES = {"unet": sharding.UNET_RULES, "text_encoder": sharding.TEXT_ENCODER_RULES}
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -62,10 +67,11 @@ class Program:
     abstract_frozen: Params
     abstract_batch: Batch
     encode: Wrapped | Compiled
-    """(frozen, images, tokens) to VAE moments and text states."""
+    """(frozen, images, tokens) to VAE moments and what the step makes of the captions: text states,
+    or the tokens where the text encoder is trained."""
     step: Wrapped | Compiled
-    """(state, moments, context, weights) to the next state and metrics; the state handed in is used
-    up."""
+    """(state, moments, conditioning, weights) to the next state and metrics; the state handed in is
+    used up."""
     compile_s: float | None = None
     """Seconds `compile` took, reading a cached executable included; None before."""
 
@@ -74,20 +80,24 @@ class Program:
         """Where each array of the state lies."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
-    def init(self, unet: Params | None = None) -> TrainState:
-        """The state before the first step, from the given UNet weights or from random ones."""
-        if unet is None:
-            key = jax.random.fold_in(jax.random.key(self.rule.seed), INIT_STREAM)
-            place = self.state_shardings.params["unet"]
-            unet = jax.jit(self.networks.unet.init, out_shardings=place)(key)
+    def init(self, **weights: Params) -> TrainState:
+        """The state before the first step; a trained network that is not given starts at random."""
+        place = self.state_shardings.params
+        params = {
+            name: weights.get(name) or self._random(name, place[name])
+            for name in self.abstract_state.params
+        }
         make = partial(_initial, self.rule, self.abstract_state.ema is not None)
-        return jax.jit(make, out_shardings=self.state_shardings)(unet)
+        return jax.jit(make, out_shardings=self.state_shardings)(params)
 
-    def place_frozen(self, *, vae: Params, text_encoder: Params) -> Params:
-        """The frozen weights where `encode` wants them."""
-        frozen = {"vae": vae, "text_encoder": text_encoder}
+    def _random(self, name: str, place: Any) -> Params:
+        key = jax.random.fold_in(jax.random.key(self.rule.seed), INIT_STREAMS[name])
+        return jax.jit(getattr(self.networks, name).init, out_shardings=place)(key)
+
+    def place_frozen(self, **weights: Params) -> Params:
+        """The frozen networks' weights where `encode` wants them."""
         return jax.tree.map(
-            lambda x, like: jax.device_put(x, like.sharding), frozen, self.abstract_frozen
+            lambda x, like: jax.device_put(x, like.sharding), weights, self.abstract_frozen
         )
 
     def place_batch(
@@ -113,10 +123,10 @@ class Program:
         batch = self.abstract_batch
         encode = self.encode.lower(self.abstract_frozen, batch.images, batch.tokens)
         place = sharding.batch_sharding(self.mesh)
-        moments, context = (
+        moments, conditioning = (
             jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=place) for out in encode.out_info
         )
-        return encode, self.step.lower(self.abstract_state, moments, context, batch.weights)
+        return encode, self.step.lower(self.abstract_state, moments, conditioning, batch.weights)
 
     def compile(self) -> "Program":
         """This program with both functions compiled ahead of their first call."""
@@ -138,15 +148,18 @@ def build(config: Config, mesh: Mesh, *, max_steps: int) -> Program:
         attention=select_attention(config.attention.kind, config.hardware.platform),
         dtype=resolve.activations_dtype(config),
         remat=config.train.remat,
+        trains_text_encoder=config.train.text_encoder,
     )
-    rule = _make_rule(config, mesh, networks, max_steps, batch_size)
-    state = jax.eval_shape(partial(_initial, rule, config.train.ema), networks.unet.abstract())
-    unet = {"unet": sharding.parameter_shardings(state.params["unet"], mesh, sharding.UNET_RULES)}
-    frozen = {
-        "vae": networks.vae.abstract(),
-        "text_encoder": networks.text_encoder.abstract(),
+    captions = IN_THE_STEP if config.train.text_encoder else BEFORE_THE_STEP
+    predict = partial(captions.predict, networks)
+    rule = _make_rule(config, mesh, predict, max_steps, batch_size)
+    trained, frozen = _trained_and_frozen(config, networks)
+    state = jax.eval_shape(partial(_initial, rule, config.train.ema), trained)
+    places = {
+        name: sharding.parameter_shardings(params, mesh, RULES[name])
+        for name, params in trained.items()
     }
-    abstract_state = _placed(state, sharding.state_shardings(state, state.params, unet, mesh))
+    abstract_state = _placed(state, sharding.state_shardings(state, state.params, places, mesh))
     batch = sharding.batch_sharding(mesh)
     return Program(
         mesh=mesh,
@@ -157,7 +170,7 @@ def build(config: Config, mesh: Mesh, *, max_steps: int) -> Program:
         abstract_state=abstract_state,
         abstract_frozen=_placed(frozen, sharding.parameter_shardings(frozen, mesh)),
         abstract_batch=_abstract_batch(config, mesh, batch_size),
-        encode=jax.jit(partial(encode, networks), out_shardings=batch),
+        encode=jax.jit(partial(captions.encode, networks), out_shardings=batch),
         step=jax.jit(
             partial(train_step, rule),
             donate_argnums=0,
@@ -176,36 +189,11 @@ def encode(
     tokens: Int32[Array, "b s"],
 ) -> tuple[Float[Array, "b h w m"], Float[Array, "b s d"]]:
     """VAE moments of images 0 to 255 and text states of tokens; float32."""
-    pixels = images.astype(jnp.float32) / 127.5 - 1
-    moments = networks.vae.apply(frozen["vae"], pixels, method="encode")
-    context = networks.text_encoder.apply(frozen["text_encoder"], tokens)
-    return moments.astype(jnp.float32), context.astype(jnp.float32)
+    moments = _encode_images(networks, frozen["vae"], images)
+    return moments, _encode_text(networks, frozen["text_encoder"], tokens)
 
 
-def _make_rule(
-    config: Config, mesh: Mesh, networks: Networks, max_steps: int, batch_size: int
-) -> StepRule:
-    lr = make_lr_schedule(
-        config.lr_schedule,
-        lr=resolve.learning_rate(config, batch_size),
-        warmup_steps=resolve.warmup_steps(config, max_steps),
-        decay_steps=resolve.decay_steps(config, max_steps),
-    )
-    return StepRule(
-        predict=partial(_predict, networks),
-        objective=make_objective(config.diffusion, resolve.prediction_type(config)),
-        scaling_factor=config.model.vae.scaling_factor,
-        optimizer=make_optimizer(config.optimizer, lr),
-        rates={"lr": lr},
-        max_grad_norm=config.optimizer.max_grad_norm,
-        ema_decay=config.train.ema_decay,
-        seed=config.run.seed,
-        gradient_accumulation=config.train.gradient_accumulation,
-        unroll=mesh.devices.flat[0].platform == "cpu",
-    )
-
-
-def _predict(
+def predict(
     networks: Networks,
     params: Params,
     noisy: Float[Array, "b h w c"],
@@ -216,8 +204,88 @@ def _predict(
     return networks.unet.apply(params["unet"], noisy, timesteps, context)
 
 
-def _initial(rule: StepRule, ema: bool, unet: Params) -> TrainState:
-    return initial_state({"unet": unet}, rule.optimizer, ema=ema)
+def encode_images(
+    networks: Networks,
+    frozen: Params,
+    images: UInt8[Array, "b H W 3"],
+    tokens: Int32[Array, "b s"],
+) -> tuple[Float[Array, "b h w m"], Int32[Array, "b s"]]:
+    """VAE moments of images 0 to 255, float32, and the tokens as they are."""
+    return _encode_images(networks, frozen["vae"], images), tokens
+
+
+def predict_from_tokens(
+    networks: Networks,
+    params: Params,
+    noisy: Float[Array, "b h w c"],
+    timesteps: Int[Array, " b"],
+    tokens: Int32[Array, "b s"],
+) -> Float[Array, "b h w c"]:
+    """The UNet's raw output for captions that the text encoder in `params` reads."""
+    context = _encode_text(networks, params["text_encoder"], tokens)
+    return predict(networks, params, noisy, timesteps, context)
+
+
+class Captions(NamedTuple):
+    """Which of the two programs reads the captions."""
+
+    encode: Callable[..., tuple[Array, Array]]
+    predict: Callable[..., Array]
+
+
+BEFORE_THE_STEP = Captions(encode, predict)
+IN_THE_STEP = Captions(encode_images, predict_from_tokens)
+
+
+def _encode_images(
+    networks: Networks, vae: Params, images: UInt8[Array, "b H W 3"]
+) -> Float[Array, "b h w m"]:
+    pixels = images.astype(jnp.float32) / 127.5 - 1
+    return networks.vae.apply(vae, pixels, method="encode").astype(jnp.float32)
+
+
+def _encode_text(
+    networks: Networks, text_encoder: Params, tokens: Int32[Array, "b s"]
+) -> Float[Array, "b s d"]:
+    return networks.text_encoder.apply(text_encoder, tokens).astype(jnp.float32)
+
+
+def _trained_and_frozen(config: Config, networks: Networks) -> tuple[Params, Params]:
+    """Shapes of the parameters, by network."""
+    names = ("unet", "text_encoder") if config.train.text_encoder else ("unet",)
+    frozen = {name: getattr(networks, name).abstract() for name in ("unet", "vae", "text_encoder")}
+    return {name: frozen.pop(name) for name in names}, frozen
+
+
+def _make_rule(
+    config: Config, mesh: Mesh, predict: Prediction, max_steps: int, batch_size: int
+) -> StepRule:
+    lr = make_lr_schedule(
+        config.lr_schedule,
+        lr=resolve.learning_rate(config, batch_size),
+        warmup_steps=resolve.warmup_steps(config, max_steps),
+        decay_steps=resolve.decay_steps(config, max_steps),
+    )
+    text_encoder_lr = scaled(lr, resolve.text_encoder_share(config))
+    rates, by_network = {"lr": lr}, {"unet": lr}
+    if config.train.text_encoder:
+        rates["lr_text_encoder"] = by_network["text_encoder"] = text_encoder_lr
+    return StepRule(
+        predict=predict,
+        objective=make_objective(config.diffusion, resolve.prediction_type(config)),
+        scaling_factor=config.model.vae.scaling_factor,
+        optimizer=make_optimizer(config.optimizer, by_network),
+        rates=rates,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        ema_decay=config.train.ema_decay,
+        seed=config.run.seed,
+        gradient_accumulation=config.train.gradient_accumulation,
+        unroll=mesh.devices.flat[0].platform == "cpu",
+    )
+
+
+def _initial(rule: StepRule, ema: bool, params: Params) -> TrainState:
+    return initial_state(params, rule.optimizer, ema=ema)
 
 
 def _abstract_batch(config: Config, mesh: Mesh, batch_size: int) -> Batch:
@@ -255,11 +323,13 @@ def check_batch(config: Config, mesh: Mesh, batch_size: int) -> None:
 
 
 def _flops_per_example(config: Config) -> float:
-    """UNet forward once and backward at twice that, frozen networks forward."""
+    """Forward, and backward at twice that for what is trained; DREAM asks the UNet once more."""
     model, side = config.model, resolve.resolution(config)
     latent = side // resolve.vae_factor(config)
+    unet = flops.unet_forward_flops(model.unet, latent, latent)
+    text = flops.text_flops(model.text_encoder)
     return (
-        3 * flops.unet_forward_flops(model.unet, latent, latent)
+        (3 if config.diffusion.dream is None else 4) * unet
+        + (3 if config.train.text_encoder else 1) * text
         + flops.vae_encode_flops(model.vae, side, side)
-        + flops.text_flops(model.text_encoder)
     )

@@ -15,8 +15,8 @@ Counter = Any  # an int32 scalar; in trees of shapes or shardings, that
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """A plain pytree. `params` and `ema` are `{"unet": ...}` in float32; `ema` is None when
-    switched off."""
+    """A plain pytree. `params` and `ema` are `{"unet": ...}`, with "text_encoder" where that is
+    trained; `ema` is None when switched off."""
 
     step: Counter
     """Update attempts made; also the position in the data and in the random streams."""

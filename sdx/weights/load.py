@@ -4,16 +4,21 @@ Every fault of a component is collected and raised once, with what it probably m
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdx.config.schema import ModelConfig
+from sdx.models.attention import dot_product_attention
 from sdx.models.module import Params, flat, nested
+from sdx.models.networks import make_networks
 from sdx.weights.errors import WeightsError
-from sdx.weights.model_files import ModelFiles, Tensors
+from sdx.weights.model_files import ModelFiles
 from sdx.weights.names import array_from_torch, to_torch
+from sdx.weights.tensor_files import Tensors
 
 # What faults probably mean: (regular expression on the line of a fault, explanation).
 MEANINGS = (
@@ -43,9 +48,12 @@ MEANINGS = (
     (r"lora", "this is a LoRA adapter, not a whole model: give the model it was made for"),
     (
         r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.",
-        "these are names of the original checkpoint: convert it with diffusers first",
+        "these are names of an original checkpoint: give that .safetensors file itself",
     ),
-    (r"^text_projection\.", "CLIP with its projection: save the plain text encoder instead"),
+    (
+        r"\.(absmax|quant_map|SCB)\b",
+        "these are quantised weights (bitsandbytes): get the model as it was before",
+    ),
 )
 
 
@@ -62,6 +70,22 @@ def load_vae(files: ModelFiles, abstract: Params) -> Params:
 def load_text_encoder(files: ModelFiles, abstract: Params) -> Params:
     """The text encoder's parameters with the types (and shardings, if any) of `abstract`."""
     return _load(files, "text_encoder", abstract)
+
+
+LOADERS = {"unet": load_unet, "vae": load_vae, "text_encoder": load_text_encoder}
+"""By the names of the networks, which are those of the components."""
+
+
+def check_tensors(files: ModelFiles, model: ModelConfig, components: Iterable[str]) -> None:
+    """Raises a WeightsError with all tensors of `components` that do not fit `model`.
+
+    Reads names and shapes only, so that a start can be refused before anything is computed.
+    """
+    networks = make_networks(model, attention=dot_product_attention, dtype="float32")
+    for component in components:
+        wanted = flat(getattr(networks, component).abstract())
+        with files.tensors(component) as tensors:
+            _check(component, wanted, tensors)
 
 
 def _load(files: ModelFiles, component: str, abstract: Params) -> Params:
@@ -97,8 +121,13 @@ def _check(component: str, wanted: dict[Any, Any], tensors: Tensors) -> None:
 
 
 def _place(tensors: Tensors, leaf: tuple[str, ...], like: Any) -> jax.Array:
-    """One array, cast on the host and put where `like` wants it."""
+    """One array, cast on the host and put where `like` wants it, each device its own part."""
     name = to_torch(leaf)
-    array = array_from_torch(name, tensors.read(name)).astype(like.dtype)
+    array = array_from_torch(name, tensors.read(name))
     sharding = getattr(like, "sharding", None)
-    return jnp.asarray(array) if sharding is None else jax.device_put(array, sharding)
+    if sharding is None:
+        return jnp.asarray(array.astype(like.dtype))
+    placed = jax.make_array_from_callback(
+        array.shape, sharding, lambda index: array[index].astype(like.dtype)
+    )
+    return placed.block_until_ready()  # transfers under way would keep their arrays on the host

@@ -30,7 +30,7 @@ def make(config: Config | None = None, num_devices: int = 1, **axes: int) -> Pro
 
 def run(program: Program, num_steps: int = 2) -> tuple[TrainState, list[dict[str, float]]]:
     """Steps from the same start on the same pictures, whatever the mesh."""
-    state = program.init(starting_weights(program))
+    state = program.init(**starting_weights(program))
     rng = np.random.default_rng(0)
     batch = program.place_batch(
         rng.integers(0, 256, (BATCH, RESOLUTION, RESOLUTION, 3), dtype=np.uint8),
@@ -46,7 +46,7 @@ def run(program: Program, num_steps: int = 2) -> tuple[TrainState, list[dict[str
 
 
 def starting_weights(program: Program) -> Any:
-    return random_like(program.networks.unet.abstract(), seed=1)
+    return random_like(program.abstract_state.params, seed=1)
 
 
 def frozen(program: Program) -> Any:
