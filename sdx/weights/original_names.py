@@ -10,7 +10,7 @@ diffusers' own loader (diffusers/loaders/single_file_utils.py).
 
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sdx.weights.names import current_name
@@ -70,6 +70,7 @@ VAE: Spellings = (
     (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
     (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
 )
+VAE_LINEAR = re.compile(r"\.mid\.attn_1\.([qkv]|proj_out)\.weight$")
 OPEN_CLIP_TEXT: Spellings = (
     (r"^positional_embedding$", "embeddings.position_embedding.weight"),
     (r"^token_embedding\.", "embeddings.token_embedding."),
@@ -96,6 +97,8 @@ class Place:
     name: str
     third: int | None = None
     """The first, second or last third of its rows; None for all of them."""
+    is_linear: bool = False
+    """A 1x1 convolution there, a linear layer today."""
 
 
 def component_of(name: str) -> str | None:
@@ -111,10 +114,7 @@ def places(component: str, names: Iterable[str]) -> dict[str, Place]:
     Names that no table knows stay as they are after the prefix, to be told as unexpected.
     """
     theirs = {_without_prefix(name): name for name in names if component_of(name) == component}
-    if component == "text_encoder":
-        return _text_encoder(theirs)
-    today = {"unet": _unet, "vae": _vae}[component](theirs)
-    return {today(short): Place(name) for short, name in theirs.items()}
+    return {"unet": _unet, "vae": _vae, "text_encoder": _text_encoder}[component](theirs)
 
 
 def _without_prefix(name: str) -> str:
@@ -123,31 +123,34 @@ def _without_prefix(name: str) -> str:
     return name
 
 
-def _unet(names: Iterable[str]) -> Callable[[str], str]:
-    """How names of the UNet are spelt today; the first downsampler ends the first level."""
-    downsamplers = (re.match(r"input_blocks\.(\d+)\.0\.op\.", name) for name in names)
+def _unet(theirs: dict[str, str]) -> dict[str, Place]:
+    """The first downsampler ends the first level, and tells how many blocks a level has."""
+    downsamplers = (re.match(r"input_blocks\.(\d+)\.0\.op\.", short) for short in theirs)
     blocks_per_level = min((int(match[1]) for match in downsamplers if match), default=sys.maxsize)
 
-    def today(name: str) -> str:
+    def today(short: str) -> str:
         for pattern, block, first in UNET_BLOCKS:
-            match = re.match(pattern, name)
+            match = re.match(pattern, short)
             if match and int(match[1]) >= first:
                 level, layer = divmod(int(match[1]) - first, blocks_per_level)
-                name = block.format(level=level, layer=layer) + name[match.end() :]
-        return _spelt(name, UNET)
+                short = block.format(level=level, layer=layer) + short[match.end() :]
+        return _spelt(short, UNET)
 
-    return today
+    return {today(short): Place(name) for short, name in theirs.items()}
 
 
-def _vae(names: Iterable[str]) -> Callable[[str], str]:
-    """How names of the autoencoder are spelt today; the decoder counted its levels backwards."""
+def _vae(theirs: dict[str, str]) -> dict[str, Place]:
+    """The decoder's levels are counted from the other end."""
     levels = re.compile(r"(?<=decoder\.up\.)\d+")
-    last = max((int(found[0]) for found in map(levels.search, names) if found), default=0)
+    last = max((int(found[0]) for found in map(levels.search, theirs) if found), default=0)
 
-    def today(name: str) -> str:
-        return _spelt(levels.sub(lambda match: str(last - int(match[0])), name), VAE)
+    def today(short: str) -> str:
+        return _spelt(levels.sub(lambda found: str(last - int(found[0])), short), VAE)
 
-    return today
+    return {
+        today(short): Place(name, is_linear=VAE_LINEAR.search(short) is not None)
+        for short, name in theirs.items()
+    }
 
 
 def _text_encoder(theirs: dict[str, str]) -> dict[str, Place]:
