@@ -31,7 +31,7 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers in each network; the UNet is trained, the others are frozen."""
+    """Numbers in each network, trained and frozen ones alike."""
 
     unet: int
     vae: int
@@ -68,6 +68,7 @@ class Estimate:
     mesh: dict[str, int]
     """Size of each axis."""
     parameters: Parameters
+    trains_text_encoder: bool
     resolution: int
     """Pixels on one side."""
     global_batch_size: int
@@ -126,6 +127,7 @@ def estimate(config: Config) -> Estimate:
         num_hosts=hardware.num_hosts,
         mesh=dict(mesh.shape),
         parameters=_parameters(program),
+        trains_text_encoder="text_encoder" in state.params,
         resolution=resolve.resolution(config),
         global_batch_size=program.global_batch_size,
         gradient_accumulation=config.train.gradient_accumulation,
@@ -164,8 +166,8 @@ def _parameters(program: Program) -> Parameters:
     def count(tree: Any) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
-    unet = count(program.abstract_state.params["unet"])
-    return Parameters(unet=unet, **{key: count(x) for key, x in program.abstract_frozen.items()})
+    networks = program.abstract_state.params | program.abstract_frozen
+    return Parameters(**{name: count(params) for name, params in networks.items()})
 
 
 def _device_bytes(program: Program) -> DeviceBytes:

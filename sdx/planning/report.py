@@ -18,12 +18,13 @@ def render(estimate: Estimate) -> str:
 def _rows(estimate: Estimate) -> list[tuple[str, str]]:
     held, parameters = estimate.device_bytes, estimate.parameters
     mesh = " x ".join(f"{axis} {size}" for axis, size in estimate.mesh.items())
+    text_encoder = "trained" if estimate.trains_text_encoder else "frozen"
     hosts = f"{estimate.num_hosts} host{'s' * (estimate.num_hosts > 1)}"
     return [
         ("devices", f"{estimate.num_devices} on {hosts}, mesh {mesh}"),
         ("UNet", f"{parameters.unet:,} parameters, trained"),
         ("autoencoder", f"{parameters.vae:,} parameters, frozen"),
-        ("text encoder", f"{parameters.text_encoder:,} parameters, frozen"),
+        ("text encoder", f"{parameters.text_encoder:,} parameters, {text_encoder}"),
         ("batch", _batch(estimate)),
         ("work", _work(estimate)),
         ("speed", _speed(estimate)),

@@ -44,9 +44,11 @@ def planned() -> Estimate:
     return estimate(config)
 
 
-def test_bytes_are_those_of_a_real_state(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("word", ["frozen", "trained"])
+def test_bytes_are_those_of_a_real_state(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding, "SMALLEST_SHARDED_BYTES", 256)  # the micro-model's are smaller
-    config = micro_config(global_batch_size=16)
+    text_encoder = word == "trained"
+    config = micro_config(global_batch_size=16, text_encoder=text_encoder)
     config.hardware, config.mesh.ici = cpu(8), MeshAxes(data=2, fsdp=2, tensor=2)
     found = estimate(config)
     program = build(config, micro_mesh(8, data=2, fsdp=2, tensor=2), max_steps=10)
@@ -67,8 +69,10 @@ def test_bytes_are_those_of_a_real_state(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found.sharded_share == pytest.approx(sum(leaf.nbytes for leaf in split) / whole)
     assert 0.5 < found.sharded_share < 1
     assert found.mesh == {"data": 2, "fsdp": 2, "tensor": 2} and found.num_devices == 8
-    assert found.parameters.unet == sum(x.size for x in jax.tree.leaves(state.params))
-    assert found.parameters.vae == sum(x.size for x in jax.tree.leaves(frozen["vae"]))
+    assert state.params.keys() == ({"unet", "text_encoder"} if text_encoder else {"unet"})
+    for name, params in (state.params | frozen).items():
+        assert getattr(found.parameters, name) == sum(x.size for x in jax.tree.leaves(params))
+    assert f"{found.parameters.text_encoder:,} parameters, {word}" in render(found)
     assert (found.fits, found.max_images_per_s) == ("unknown", None)
 
 
