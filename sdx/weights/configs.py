@@ -185,10 +185,10 @@ def check_model(files: ModelFiles, model: ModelConfig, *, reads_unet: bool) -> N
         if trained is not model.prediction_type:
             faults.append(
                 f"model.prediction_type is {model.prediction_type.name}, "
-                f"in scheduler/scheduler_config.json {trained.name}"
+                f"in {_short(files.where('scheduler'))} {trained.name}"
             )
     for component, found, wanted in pairs:
-        faults += _differences(component, found, wanted)
+        faults += _differences(component, found, wanted, files.where(component))
     if faults:
         raise WeightsError(
             f"{files.source}: {len(faults)} keys differ between model={model.name} and its files; "
@@ -221,14 +221,19 @@ def _make(kind: Any, found: dict[str, Any]) -> Any:
     return kind(**{field.name: found[field.name] for field in fields(kind)})
 
 
-def _differences(component: str, found: Any, wanted: Any) -> list[str]:
+def _differences(component: str, found: Any, wanted: Any, where: str) -> list[str]:
     return [
-        f"model.{component}.{field.name} is {_shown(ours)}, in {component}/config.json "
-        f"{_shown(theirs)}"
+        f"model.{component}.{field.name} is {_shown(ours)}, in {_short(where)} {_shown(theirs)}"
         for field in fields(found)
         if field.name not in NOT_COMPARED
         and (ours := getattr(wanted, field.name)) != (theirs := getattr(found, field.name))
     ]
+
+
+def _short(where: str) -> str:
+    """A config's path from its model's folder; of other files the name."""
+    path = PurePath(where)
+    return f"{path.parent.name}/{path.name}" if path.suffix == ".json" else path.name
 
 
 def _shown(value: Any) -> str:

@@ -46,6 +46,7 @@ BUFFERS = (
     r"^denoiser\.",
 )
 PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
+SINGLE_FILES = {".safetensors", *PICKLES}
 # Options of conf/model that a whole file may be, by the width of its text states and what the UNet
 # was trained to output (None: nothing tells).
 GUESSES: dict[int, dict[str | None, str]] = {
@@ -225,9 +226,9 @@ def _tell_unread(path: Path, shapes: Shapes, say: Callable[[str], None]) -> None
         and not any(re.search(pattern, name) for pattern in (*IGNORED, *BUFFERS))
     ]
     if others:
-        counted = (f"{start}.* ({others.count(start)} arrays)" for start in dict.fromkeys(others))
+        counted = (f"{others.count(start)} of {start}.*" for start in sorted(set(others)))
         choice = "; the plain weights are read, as diffusers does" * ("model_ema" in others)
-        say(f"{path}: not read: {', '.join(counted)}{choice}")
+        say(f"{path}: arrays that are not read: {', '.join(counted)}{choice}")
 
 
 def _shapes(places: dict[str, Place], shapes: Shapes) -> Shapes:
