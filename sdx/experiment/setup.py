@@ -22,6 +22,8 @@ from sdx.record.paths import RunPaths
 from sdx.training.program import BatchError, check_batch
 from sdx.weights.configs import check_model
 from sdx.weights.errors import WeightsError
+from sdx.weights.folder import COMPONENTS
+from sdx.weights.load import check_tensors
 from sdx.weights.model_files import ModelFiles, open_model
 
 REFUSALS = (MeshError, DataError, WeightsError, BatchError, RefusedStart, DamagedRecord)
@@ -51,10 +53,16 @@ def prepare(config: Config) -> Setup:
     mesh = make_mesh(config.mesh, config.hardware)
     config = resolve.with_global_batch(config, mesh.size)
     check_batch(config, mesh, resolve.global_batch_size(config))
+    reads_unet = config.model.init is Init.pretrained
+    components = [c for c in COMPONENTS if reads_unet or c != "unet"]
     weights = open_model(
-        config.model.pretrained, revision=config.model.revision, variant=config.model.variant
+        config.model.pretrained,
+        revision=config.model.revision,
+        variant=config.model.variant,
+        components=components,
     )
-    check_model(weights, config.model, reads_unet=config.model.init is Init.pretrained)
+    check_model(weights, config.model, reads_unet=reads_unet)
+    check_tensors(weights, config.model, components)
     length = config.model.text_encoder.max_position_embeddings
     tokenizer = load_tokenizer(weights.tokenizer_folder(), max_length=length)
     source = open_source(config.data, resolution=resolve.resolution(config))

@@ -1,7 +1,12 @@
-"""A model in diffusers' layout: a folder for each component, with its config.json and weights."""
+"""A model in diffusers' layout: a folder for each component, with its config.json and weights.
 
-import json
-from collections.abc import Iterator
+Which of the files of a component are its weights is decided here, from names alone, so that a Hub
+repository can be asked before anything is downloaded.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,28 +14,76 @@ from typing import Any
 
 from sdx.weights.errors import WeightsError
 from sdx.weights.names import current_name
-from sdx.weights.tensor_files import Renamed, open_tensors
+from sdx.weights.tensor_files import (
+    Renamed,
+    check_torch,
+    open_tensors,
+    read_json,
+    shard_names,
+)
 
 COMPONENTS = ("unet", "vae", "text_encoder")
-STEMS = {
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
 CONFIGS = dict.fromkeys(COMPONENTS, "config.json") | {"scheduler": "scheduler_config.json"}
+# What diffusers and transformers call the weights: (safetensors, pickle), without their endings.
+STEMS = {
+    "unet": ("diffusion_pytorch_model",) * 2,
+    "vae": ("diffusion_pytorch_model",) * 2,
+    "text_encoder": ("model", "pytorch_model"),
+}
+ENDINGS = ("safetensors", "bin")  # the first that is there is read
+# Names a component's weights may have, after the stem; indices of variants changed their order.
+PLAIN = (".{ending}", ".{ending}.index.json")
+OF_A_VARIANT = (
+    ".{variant}.{ending}",
+    ".{ending}.index.{variant}.json",
+    ".{ending}.{variant}.index.json",
+)
+VARIANT = re.compile(
+    r"\w+\.(?:(?P<one>\w+)(?:-\d+-of-\d+)?\.(?:safetensors|bin)|\w+\.index\.(?P<many>\w+)\.json)"
+)
+# Pipelines whose parts look like ours and are not: (part of the class in model_index.json, what).
+OTHER_PIPELINES = (
+    ("XL", "Stable Diffusion XL"),
+    ("StableDiffusion3", "Stable Diffusion 3"),
+    ("Flux", "Flux"),
+    ("Inpaint", "an inpainting model"),
+    ("Depth2Img", "a depth-to-image model"),
+    ("Upscale", "an upscaler"),
+    ("InstructPix2Pix", "an image-editing model"),
+    ("UnCLIP", "Stable unCLIP"),
+)
+# What a folder without the parts of a model may be: (pattern of a file in it, what to do).
+OTHER_FOLDERS = (
+    ("config.yaml", "this is an sdx run: give its export/ folder, or fork it with run.resume_from"),
+    ("pytorch_lora_weights.*", "this is a LoRA adapter: give the model it was made for"),
+    ("diffusion_pytorch_model*", "this is one network alone: use model.unet_checkpoint for a UNet"),
+    ("transformer", "its network is a transformer (Stable Diffusion 3, Flux): sdx trains UNets"),
+    ("*.safetensors", "an original single file is given by its own path"),
+    ("*.ckpt", "a .ckpt is a pickle: convert it to .safetensors first"),
+)
+SMALL_FILE_BYTES = 10 << 20
 
 
 @dataclass(frozen=True)
 class DiffusersFolder:
-    """The files of one folder, wherever it came from."""
+    """The files of one folder, wherever it came from; made by `open_folder`."""
 
     source: str
     folder: Path
-    variant: str | None = None
+    weights: dict[str, str]
+    """File of each component that may be read, relative to the folder."""
+    commit: str | None = None
+    """Of the Hub's repository."""
 
     def config(self, component: str) -> dict[str, Any]:
         """The JSON beside the component's weights."""
-        return read_json(self._config_path(component))
+        path = self._config_path(component)
+        if component == "scheduler" and not path.is_file():
+            raise WeightsError(
+                f"{path}: missing; without it nobody knows what the UNet was trained to output. "
+                "Take it from the model this one was made from."
+            )
+        return read_json(path)
 
     def where(self, component: str) -> str:
         """The path of that JSON."""
@@ -39,8 +92,7 @@ class DiffusersFolder:
     @contextmanager
     def tensors(self, component: str) -> Iterator[Renamed]:
         """The component's tensors under today's names."""
-        path = _weights_file(self.folder / component, STEMS[component], self.variant)
-        with open_tensors(path) as found:
+        with open_tensors(self.folder / self.weights[component]) as found:
             names = {
                 current: name
                 for name in found.shapes()
@@ -53,38 +105,158 @@ class DiffusersFolder:
         return self.folder / "tokenizer"
 
     def provenance(self) -> dict[str, Any]:
-        """Where it lies; local files are not digested."""
-        return {"source": self.source, "commit": None, "files": {}}
+        """Source, commit, and SHA-256 of every file of a Hub repository that is read."""
+        files = {} if self.commit is None else {name: self._digest(name) for name in self._files()}
+        return {"source": self.source, "commit": self.commit, "files": files}
 
     def _config_path(self, component: str) -> Path:
         return self.folder / component / CONFIGS[component]
 
+    def _files(self) -> list[str]:
+        names = [f"{component}/{CONFIGS[component]}" for component in (*self.weights, "scheduler")]
+        names += [f"tokenizer/{path.name}" for path in self.tokenizer_folder().glob("*")]
+        for weights in self.weights.values():
+            names += with_shards(self.folder, weights)
+        return sorted(name for name in names if (self.folder / name).is_file())
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; a WeightsError where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read as JSON ({error}).") from error
-    if not isinstance(found, dict):
-        raise WeightsError(f"{path}: holds a {type(found).__name__}, not an object.")
-    return found
-
-
-def _weights_file(folder: Path, stem: str, variant: str | None) -> Path:
-    # Without a variant the plain file is read, or the half-precision one where it is all there is.
-    names = [f"{stem}.{v}.safetensors" if v else f"{stem}.safetensors" for v in _wanted(variant)]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".safetensors"))
-    reason = f"found {', '.join(others)}" if others else "found no weights there"
-    if any(folder.glob("*.index.json")):
-        reason += "; weights in several files are not read: save them with a larger max_shard_size"
-    elif any(name.endswith(".bin") for name in others):
-        reason += "; pickles are never opened: save with safe_serialization=True"
-    raise WeightsError(f"{folder}: needs {names[0]}; {reason}.")
+    def _digest(self, name: str) -> str | None:
+        """The Hub's cache names large files by their digest; None for a large file elsewhere."""
+        path = (self.folder / name).resolve()
+        if re.fullmatch(r"[0-9a-f]{64}", path.name):
+            return path.name
+        if path.stat().st_size > SMALL_FILE_BYTES:
+            return None
+        return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _wanted(variant: str | None) -> list[str | None]:
-    return [None, "fp16"] if variant is None else [variant]
+def open_folder(
+    source: str,
+    folder: Path,
+    *,
+    variant: str | None = None,
+    components: Iterable[str] = COMPONENTS,
+    commit: str | None = None,
+    there: Collection[str] | None = None,
+    say: Callable[[str], None] = print,
+) -> DiffusersFolder:
+    """The model in `folder`, to read `components` of; says which of them lack the variant.
+
+    `there` lists the files of the repository that `folder` is a partial copy of. Raises one
+    WeightsError for all components that are not there, and for models of another kind.
+    """
+    there = list_files(folder) if there is None else there
+    _check_pipeline(folder)
+    weights = choose_weights(there, components, variant)
+    faults = [fault for component in weights for fault in _absences(component, weights, there)]
+    if faults:
+        hints = [hint for pattern, hint in OTHER_FOLDERS if any(folder.glob(pattern))]
+        raise WeightsError(f"{source}: not a whole model in diffusers' layout:", faults, hints[:1])
+    chosen = {component: str(name) for component, name in weights.items()}
+    if variant is not None:
+        _tell_variant(source, there, chosen, variant, say)
+    for name in chosen.values():
+        if ".bin" in name:
+            check_torch(folder / name)
+    return DiffusersFolder(source, folder, chosen, commit)
+
+
+def list_files(folder: Path) -> set[str]:
+    """Paths of all files in the components' folders, relative to `folder`."""
+    return {
+        f"{component}/{path.name}"
+        for component in CONFIGS
+        for path in (folder / component).glob("*")
+        if path.is_file()
+    }
+
+
+def choose_weights(
+    there: Collection[str], components: Iterable[str], variant: str | None
+) -> dict[str, str | None]:
+    """The file (or index) of each component's weights: the variant's, or the plain one."""
+    names = {
+        component: [*_names(component, OF_A_VARIANT, variant), *_names(component, PLAIN, None)]
+        for component in components
+    }
+    return {
+        component: next((name for name in candidates if name in there), None)
+        for component, candidates in names.items()
+    }
+
+
+def with_shards(folder: Path, weights: str) -> list[str]:
+    """The file itself and, of an index, all files it names."""
+    if not weights.endswith(".json"):
+        return [weights]
+    component = weights.split("/")[0]
+    shards = dict.fromkeys(shard_names(folder / weights).values())
+    return [weights, *(f"{component}/{shard}" for shard in shards)]
+
+
+def _names(component: str, patterns: tuple[str, ...], variant: str | None) -> list[str]:
+    if patterns is OF_A_VARIANT and variant is None:
+        return []
+    return [
+        f"{component}/{stem}{pattern.format(ending=ending, variant=variant)}"
+        for stem, ending in zip(STEMS[component], ENDINGS, strict=True)
+        for pattern in patterns
+    ]
+
+
+def _check_pipeline(folder: Path) -> None:
+    path = folder / "model_index.json"
+    if not path.is_file():
+        return
+    kind = str(read_json(path).get("_class_name"))
+    for part, what in OTHER_PIPELINES:
+        if part in kind:
+            raise WeightsError(
+                f"{path}: _class_name={kind} is {what}; sdx trains Stable Diffusion 1.x and 2.x "
+                "for text to image."
+            )
+
+
+def _absences(
+    component: str, weights: dict[str, str | None], there: Collection[str]
+) -> Iterator[str]:
+    """What a component lacks, and what it has instead."""
+    names = [name.split("/")[1] for name in sorted(there) if name.startswith(f"{component}/")]
+    if not names:
+        yield f"{component}/ is missing"
+        return
+    if "config.json" not in names:
+        yield f"{component}/config.json is missing"
+    if weights[component] is None:
+        needs = f"{component}/{STEMS[component][0]}.safetensors is missing"
+        others = [name for name in names if name != "config.json"]
+        variants = {
+            v for n in names if (m := VARIANT.fullmatch(n)) and (v := m["one"] or m["many"])
+        }
+        if variants:
+            yield f"{needs}; found only model.variant={' or '.join(sorted(variants))}"
+        elif any(name.endswith(".msgpack") for name in others):
+            yield f"{needs}; Flax's .msgpack is not read: save the model with PyTorch"
+        else:
+            yield f"{needs}; found {', '.join(others) or 'no weights'} there"
+
+
+def _tell_variant(
+    source: str,
+    there: Collection[str],
+    chosen: dict[str, str],
+    variant: str,
+    say: Callable[[str], None],
+) -> None:
+    if not any(
+        name in there
+        for component in COMPONENTS
+        for name in _names(component, OF_A_VARIANT, variant)
+    ):
+        found = ", ".join(sorted(name for name in there if "config.json" not in name))
+        raise WeightsError(
+            f"model.variant={variant}: {source} has no such files; it has {found}. Use null, or "
+            "the word before .safetensors in one of these names."
+        )
+    for component, name in chosen.items():
+        if name in _names(component, PLAIN, None):
+            say(f"{source}: {component} has no variant {variant}; reading {name}")

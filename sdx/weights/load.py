@@ -16,7 +16,7 @@ from sdx.models.attention import dot_product_attention
 from sdx.models.module import Params, flat, nested
 from sdx.models.networks import make_networks
 from sdx.weights.errors import WeightsError
-from sdx.weights.model_files import ModelFiles
+from sdx.weights.model_files import NetworkFiles
 from sdx.weights.names import array_from_torch, to_torch
 from sdx.weights.tensor_files import Tensors
 
@@ -57,17 +57,17 @@ MEANINGS = (
 )
 
 
-def load_unet(files: ModelFiles, abstract: Params) -> Params:
+def load_unet(files: NetworkFiles, abstract: Params) -> Params:
     """The UNet's parameters with the types (and shardings, if any) of `abstract`."""
     return _load(files, "unet", abstract)
 
 
-def load_vae(files: ModelFiles, abstract: Params) -> Params:
+def load_vae(files: NetworkFiles, abstract: Params) -> Params:
     """The autoencoder's parameters with the types (and shardings, if any) of `abstract`."""
     return _load(files, "vae", abstract)
 
 
-def load_text_encoder(files: ModelFiles, abstract: Params) -> Params:
+def load_text_encoder(files: NetworkFiles, abstract: Params) -> Params:
     """The text encoder's parameters with the types (and shardings, if any) of `abstract`."""
     return _load(files, "text_encoder", abstract)
 
@@ -76,7 +76,7 @@ LOADERS = {"unet": load_unet, "vae": load_vae, "text_encoder": load_text_encoder
 """By the names of the networks, which are those of the components."""
 
 
-def check_tensors(files: ModelFiles, model: ModelConfig, components: Iterable[str]) -> None:
+def check_tensors(files: NetworkFiles, model: ModelConfig, components: Iterable[str]) -> None:
     """Raises a WeightsError with all tensors of `components` that do not fit `model`.
 
     Reads names and shapes only, so that a start can be refused before anything is computed.
@@ -88,7 +88,7 @@ def check_tensors(files: ModelFiles, model: ModelConfig, components: Iterable[st
             _check(component, wanted, tensors)
 
 
-def _load(files: ModelFiles, component: str, abstract: Params) -> Params:
+def _load(files: NetworkFiles, component: str, abstract: Params) -> Params:
     wanted = flat(abstract)
     with files.tensors(component) as tensors:
         _check(component, wanted, tensors)

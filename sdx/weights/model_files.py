@@ -1,46 +1,28 @@
 """Where a model's files come from, and what every kind of source offers.
 
-`open_model` is the one way in: a diffusers-layout folder, a Hub id or the embedded model. What it
-returns gives configs and tensors under today's names, in torch's layout.
+`open_model` is the one way in: a diffusers-layout folder, an original single file, a Hub id or the
+embedded model. What it returns gives configs and tensors under today's names, in torch's layout.
 """
 
-import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-
+from sdx.config.schema import ModelConfig
 from sdx.weights.errors import WeightsError
-from sdx.weights.folder import COMPONENTS, DiffusersFolder
-from sdx.weights.hub import download
+from sdx.weights.folder import COMPONENTS, open_folder
+from sdx.weights.hub import ID, open_repository
+from sdx.weights.original import SINGLE_FILES, open_original
+from sdx.weights.tensor_files import Tensors
 
 EMBEDDED = "tiny"
 
 
 @runtime_checkable
-class Tensors(Protocol):
-    """One component's tensors: torch's layout, today's diffusers and transformers names."""
-
-    @property
-    def path(self) -> Path:
-        """The file, for messages."""
-        ...
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor's shape; reads no tensor."""
-        ...
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in the file's own type; not kept."""
-        ...
-
-
-@runtime_checkable
-class ModelFiles(Protocol):
-    """A model's files; components are "unet", "vae", "text_encoder"."""
+class NetworkFiles(Protocol):
+    """Files of one network or several; components are "unet", "vae", "text_encoder"."""
 
     @property
     def source(self) -> str:
@@ -59,6 +41,11 @@ class ModelFiles(Protocol):
         """The component's tensors, open to be read one by one."""
         ...
 
+
+@runtime_checkable
+class ModelFiles(NetworkFiles, Protocol):
+    """Files of a whole model."""
+
     def tokenizer_folder(self) -> Path:
         """A folder that `load_tokenizer` reads."""
         ...
@@ -74,19 +61,28 @@ def open_model(
     revision: str | None = None,
     variant: str | None = None,
     components: Iterable[str] = COMPONENTS,
+    model: ModelConfig | None = None,
+    say: Callable[[str], None] = print,
 ) -> ModelFiles:
-    """The model at `source`; of a Hub repository only the files of `components` are downloaded.
+    """The model at `source`, to read `components` of; the Hub is asked for their files only.
 
-    Raises WeightsError where there is no such model.
+    `model` says what an original single file leaves open of its architecture. `say` gets a line for
+    each component that lacks the variant, and for what is not read. Raises WeightsError where there
+    is no such model, or not all of it.
     """
-    if source == EMBEDDED:
-        return DiffusersFolder(source, Path(str(files("sdx"))) / "assets" / EMBEDDED)
-    folder = Path(source).expanduser()
+    folder = Path(str(files("sdx"))) / "assets" / EMBEDDED
+    if source != EMBEDDED:
+        folder = Path(source).expanduser()
     if folder.is_dir():
-        return DiffusersFolder(source, folder, variant=variant)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise WeightsError(
-            f"model.pretrained={source}: no such folder; give a folder that holds unet/, vae/ and "
-            f"text_encoder/, a Hub id such as OWNER/NAME, or {EMBEDDED}."
+        return open_folder(source, folder, variant=variant, components=components, say=say)
+    if folder.is_file() or folder.suffix in SINGLE_FILES:
+        return open_original(source, folder, model, say=say)
+    if ID.fullmatch(source):
+        return open_repository(
+            source, revision=revision, variant=variant, components=components, say=say
         )
-    return download(source, revision=revision, variant=variant, components=components)
+    raise WeightsError(
+        f"model.pretrained={source}: no such folder; give a folder that holds unet/, vae/ and "
+        "text_encoder/, an original .safetensors file, a Hub id such as OWNER/NAME, or "
+        f"{EMBEDDED}."
+    )

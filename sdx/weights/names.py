@@ -42,12 +42,13 @@ DIALECTS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "text_encoder": ((r"^text_model\.", ""),),
 }
-# Buffers in some files that are no parameters: places 0, 1, 2, ... of the tokens.
-IGNORED = {"embeddings.position_ids"}
+# In some files, and no part of what is computed: places 0, 1, 2, ... of the tokens, and what the
+# whole CLIP does with its text states.
+IGNORED = {"embeddings.position_ids", "text_projection.weight", "logit_scale"}
 
 
 def current_name(component: str, name: str) -> str | None:
-    """Today's spelling of a torch name found in a file; None for a buffer."""
+    """Today's spelling of a torch name found in a file; None for what is not read."""
     for pattern, replacement in DIALECTS[component]:
         name = re.sub(pattern, replacement, name)
     return None if name in IGNORED else name

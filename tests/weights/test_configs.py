@@ -101,7 +101,7 @@ def test_unknown_parts(folder: Path, file: str, changes: dict[str, Any], match: 
 
 
 def test_a_folder_that_fits(sd2: Any) -> None:
-    check_model(sd2.files, sd2.model, reads_unet=True)
+    check_model(sd2.files, sd2.model, COMPONENTS)
 
 
 def test_every_difference_is_told(sd2: Any) -> None:
@@ -114,7 +114,7 @@ def test_every_difference_is_told(sd2: Any) -> None:
         text_encoder=replace(model.text_encoder, hidden_act=HiddenAct.quick_gelu),
     )
     with pytest.raises(WeightsError) as error:
-        check_model(sd2.files, model, reads_unet=True)
+        check_model(sd2.files, model, COMPONENTS)
     assert sorted(error.value.faults) == [
         "model.prediction_type is epsilon, in scheduler/scheduler_config.json v_prediction",
         "model.text_encoder.hidden_act is quick_gelu, in text_encoder/config.json gelu",
@@ -126,6 +126,13 @@ def test_every_difference_is_told(sd2: Any) -> None:
 def test_random_start_needs_no_unet(folder: Path, sd2: Any) -> None:
     shutil.rmtree(folder / "unet")
     shutil.rmtree(folder / "scheduler")
-    check_model(open_model(str(folder)), sd2.model, reads_unet=False)
-    with pytest.raises(WeightsError, match="unet"):
-        check_model(open_model(str(folder)), sd2.model, reads_unet=True)
+    files = open_model(str(folder), components=["vae", "text_encoder"])
+    check_model(files, sd2.model, ["vae", "text_encoder"])
+    with pytest.raises(WeightsError, match="unet/ is missing"):
+        open_model(str(folder))
+
+
+def test_a_missing_scheduler(folder: Path, sd2: Any) -> None:
+    shutil.rmtree(folder / "scheduler")
+    with pytest.raises(WeightsError, match="nobody knows what the UNet was trained to output"):
+        check_model(open_model(str(folder)), sd2.model, COMPONENTS)
