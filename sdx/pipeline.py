@@ -5,7 +5,6 @@ Arrays are NHWC and float32; images lie in [-1, 1].
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +19,10 @@ from sdx.config import resolve
 from sdx.config.compose import from_saved
 from sdx.config.schema import (
     AttentionKind,
-    BetaSchedule,
     DiffusionConfig,
     ModelConfig,
     Platform,
-    PredictionType,
     SamplerKind,
-    TimestepSpacing,
 )
 from sdx.data.tokenizer import Tokenizer, load_tokenizer
 from sdx.diffusion.schedule import make_schedule
@@ -35,31 +31,16 @@ from sdx.models.networks import Networks, make_networks
 from sdx.parallel import sharding
 from sdx.parallel.mesh import one_device_mesh
 from sdx.record.paths import RunPaths
-from sdx.sampling.denoise import DenoiseRule, denoise, initial_latents
+from sdx.sampling.denoise import DenoiseRule, denoise, initial_latents, picture_keys
 from sdx.training.checkpoint import restore_params
 from sdx.weights.configs import read_model
-from sdx.weights.errors import WeightsError
-from sdx.weights.export import DIFFUSERS, SpecialTokens, save_model
+from sdx.weights.export import SpecialTokens, save_model
 from sdx.weights.export_folder import export_folder
 from sdx.weights.load import LOADERS
 from sdx.weights.model_files import ModelFiles, open_model
+from sdx.weights.scheduler import read_scheduler, scheduler_config
 
 BATCH_SIZE = 8  # prompts drawn at once, so that any number of them compiles one program
-# Keys of scheduler_config.json: numbers and names that are read, values that are built in.
-SCHEDULER_NUMBERS = ("num_train_timesteps", "beta_start", "beta_end")
-SCHEDULER_ENUMS: dict[str, type[Enum]] = {
-    "beta_schedule": BetaSchedule,
-    "timestep_spacing": TimestepSpacing,
-    "prediction_type": PredictionType,
-}
-SCHEDULER_ONLY = {
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-    "clip_sample": False,
-    "thresholding": False,
-    "trained_betas": None,
-    "rescale_betas_zero_snr": False,
-}
 
 Params = dict[str, Any]
 
@@ -143,19 +124,25 @@ class Pipeline:
         """One picture for each prompt, or its latents (divided by the scaling factor).
 
         `negative_prompts` is one for all, or one for each; default empty. Picture i of a seed is
-        the same whatever the other prompts. `latents` replaces the noise that `seed` gives. Raises
-        SamplerError for impossible steps, SamplingStopped soon after `should_stop` says so.
+        the same whatever the other prompts. `sampler` is ddpm, ddim, pndm, euler or dpmpp_2m, by
+        default the model's own. `latents` replaces the noise that `seed` gives to start from.
+        Raises SamplerError for what the sampler cannot do, SamplingStopped soon after `should_stop`
+        says so.
         """
         if sampler is not None and sampler not in SamplerKind.__members__:
-            raise ValueError(f"sampler={sampler}: use {' or '.join(SamplerKind.__members__)}.")
+            raise ValueError(f"sampler={sampler}: use {', '.join(SamplerKind.__members__)}.")
         if not prompts:
             raise ValueError("prompts: none given; give at least one (it may be empty).")
+        rule = self.functions.rule
+        if sampler is not None:
+            rule = replace(rule, kind=SamplerKind[sampler])
         negatives = _one_for_each(negative_prompts or [""], len(prompts))
+        keys = picture_keys(seed, len(prompts))
         if latents is None:
             latents = initial_latents(seed, (len(prompts), *self.latent_shape))
         draw = partial(
             denoise,
-            self.functions.rule,
+            rule,
             self.params["unet"],
             num_steps=num_steps,
             guidance_scale=float(guidance_scale),
@@ -170,7 +157,8 @@ class Pipeline:
                 self.encode_text(self.tokenize([texts[row] for row in rows]))
                 for texts in (prompts, negatives)
             )
-            clean = draw(self._place(np.asarray(latents)[rows]), context, negative_context)
+            noise = self._place(np.asarray(latents)[rows])
+            clean = draw(noise, self._place(keys[rows]), context, negative_context)
             clean = np.asarray(jax.device_get(clean)) / self.scaling_factor
             drawn.append(clean if output == "latents" else np.asarray(self.decode_latents(clean)))
         return np.concatenate(drawn)[: len(prompts)].astype(np.float32)
@@ -194,11 +182,12 @@ class Pipeline:
             unet=replace(self.model.unet, sample_size=side),
         )
         bos, eos = self.tokenizer.encode([""])[0, :2].tolist()
+        rule = self.functions.rule
         save_model(
             folder,
             self.params,
             drawn,
-            scheduler=_scheduler_json(self.diffusion, self.functions.rule.prediction_type),
+            scheduler=scheduler_config(self.diffusion, rule.prediction_type, rule.kind),
             tokenizer=self.tokenizer_folder,
             tokens=SpecialTokens(bos=bos, eos=eos, pad=self.tokenizer.pad_token_id),
             dtype=dtype,
@@ -221,11 +210,11 @@ def load(source: str | Path, *, dtype: str = "float32") -> Pipeline:
     if (run / "config.yaml").is_file():
         return load_run(run, dtype=dtype)[1]
     files = open_model(str(source))
-    diffusion = _read_diffusion(files)
+    diffusion, sampler = read_scheduler(files.config("scheduler") or {}, files.where("scheduler"))
     model = read_model(files)
     networks = _networks(model, dtype)
     mesh = one_device_mesh()
-    return _assemble(files, networks, {}, mesh, model, diffusion, model.resolution)
+    return _assemble(files, networks, {}, mesh, model, diffusion, sampler, model.resolution)
 
 
 def make_pipeline(
@@ -236,12 +225,13 @@ def make_pipeline(
     *,
     model: ModelConfig,
     diffusion: DiffusionConfig,
+    sampler: SamplerKind,
     tokenizer_folder: Path,
     resolution: int,
     batch_size: int = BATCH_SIZE,
 ) -> Pipeline:
     """A pipeline of parts that are there already, as in training; `resolution` in pixels."""
-    functions = _compile(networks, mesh, model, diffusion)
+    functions = _compile(networks, mesh, model, diffusion, sampler)
     side = resolution // 2 ** (len(model.vae.block_out_channels) - 1)
     return Pipeline(
         params=params,
@@ -288,7 +278,8 @@ def load_run(
         components=[name for name in LOADERS if name not in trained],
     )
     side = resolve.resolution(config)
-    return found, _assemble(files, networks, trained, mesh, config.model, diffusion, side)
+    sampler = resolve.sampler_kind(config)
+    return found, _assemble(files, networks, trained, mesh, config.model, diffusion, sampler, side)
 
 
 def _assemble(
@@ -298,6 +289,7 @@ def _assemble(
     mesh: Mesh,
     model: ModelConfig,
     diffusion: DiffusionConfig,
+    sampler: SamplerKind,
     resolution: int,
 ) -> Pipeline:
     """The pipeline of the trained networks' weights and, for the others, those in `files`."""
@@ -313,6 +305,7 @@ def _assemble(
         mesh,
         model=model,
         diffusion=diffusion,
+        sampler=sampler,
         tokenizer_folder=files.tokenizer_folder(),
         resolution=resolution,
     )
@@ -339,7 +332,11 @@ def _abstract(networks: Networks, mesh: Mesh) -> Params:
 
 
 def _compile(
-    networks: Networks, mesh: Mesh, model: ModelConfig, diffusion: DiffusionConfig
+    networks: Networks,
+    mesh: Mesh,
+    model: ModelConfig,
+    diffusion: DiffusionConfig,
+    sampler: SamplerKind,
 ) -> Functions:
     def whole(function: Callable[..., Array]) -> Callable[..., Array]:
         """Jitted, with a float32 result that every host has."""
@@ -358,41 +355,9 @@ def _compile(
             schedule=make_schedule(diffusion),
             prediction_type=diffusion.prediction_type or model.prediction_type,
             spacing=diffusion.timestep_spacing,
+            kind=sampler,
         ),
     )
-
-
-def _read_diffusion(files: ModelFiles) -> DiffusionConfig:
-    """The noise schedule of a scheduler_config.json; Stable Diffusion's for keys it lacks."""
-    scheduler = files.config("scheduler") or {}
-    faults = [
-        f"{key}={scheduler[key]}: sdx computes only {allowed}"
-        for key, allowed in SCHEDULER_ONLY.items()
-        if scheduler.get(key, allowed) != allowed
-    ]
-    for key, kind in SCHEDULER_ENUMS.items():
-        if key in scheduler and scheduler[key] not in kind.__members__:
-            faults.append(f"{key}={scheduler[key]}: sdx knows {', '.join(kind.__members__)}")
-    if faults:
-        where = files.where("scheduler")
-        raise WeightsError(f"{where}: {len(faults)} keys ask for another sampler:", faults)
-    found = {key: scheduler[key] for key in SCHEDULER_NUMBERS if key in scheduler}
-    found |= {
-        key: kind[scheduler[key]] for key, kind in SCHEDULER_ENUMS.items() if key in scheduler
-    }
-    return DiffusionConfig(**found)
-
-
-def _scheduler_json(diffusion: DiffusionConfig, trained: PredictionType) -> dict[str, Any]:
-    return {
-        "_class_name": "DDIMScheduler",
-        "_diffusers_version": DIFFUSERS,
-        "prediction_type": trained.name,
-        **{key: getattr(diffusion, key) for key in SCHEDULER_NUMBERS},
-        "beta_schedule": diffusion.beta_schedule.name,
-        "timestep_spacing": diffusion.timestep_spacing.name,
-        **SCHEDULER_ONLY,
-    }
 
 
 def _one_for_each(texts: Sequence[str], count: int) -> Sequence[str]:

@@ -7,12 +7,12 @@ guidance).
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Real
 
 SMALLEST = 1e-12  # a prediction without any deviation must not divide by zero
 
 Predict = Callable[
-    [Float[Array, "b h w c"], Int[Array, " b"], Float[Array, "b s d"]], Float[Array, "b h w c"]
+    [Float[Array, "b h w c"], Real[Array, " b"], Float[Array, "b s d"]], Float[Array, "b h w c"]
 ]
 """A UNet with its weights: noisy latents, timesteps and text states in, its raw output out."""
 
@@ -33,7 +33,7 @@ def guided(
 
     def predict_guided(
         latents: Float[Array, "b h w c"],
-        timesteps: Int[Array, " b"],
+        timesteps: Real[Array, " b"],
         context: Float[Array, "b s d"],
     ) -> Float[Array, "b h w c"]:
         both = predict(

@@ -65,17 +65,17 @@ def target(
 
 def latents_and_noise(
     prediction_type: PredictionType,
-    schedule: NoiseSchedule,
     prediction: Float[Array, "b h w c"],
     noisy: Float[Array, "b h w c"],
-    timesteps: Int[Array, " b"],
+    *,
+    signal: Float[Array, "..."],
+    sigma: Float[Array, "..."],
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
-    """The clean latents and the noise that `prediction` implies for `noisy` latents at `timesteps`.
+    """The clean latents and the noise that `prediction` implies for `noisy` latents.
 
-    With x = s * x0 + q * n:  x0 = (x - q * n) / s = s * x - q * v,  n = (x - s * x0) / q = s * v +
-    q * x.
+    `signal` and `sigma` are their shares s and q there. With x = s * x0 + q * n:
+    x0 = (x - q * n) / s = s * x - q * v,  n = (x - s * x0) / q = s * v + q * x.
     """
-    signal, sigma = schedule.coefficients(timesteps)
     match prediction_type:
         case PredictionType.epsilon:
             return (noisy - sigma * prediction) / signal, prediction

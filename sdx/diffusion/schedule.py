@@ -52,13 +52,16 @@ class NoiseSchedule:
 
 
 def make_schedule(diffusion: DiffusionConfig) -> NoiseSchedule:
-    """The schedule that `diffusion.beta_*` and `diffusion.num_train_timesteps` describe."""
+    """The schedule that `diffusion.beta_*`, `.num_train_timesteps` and
+    `.rescale_zero_terminal_snr` describe."""
     start, end, length = diffusion.beta_start, diffusion.beta_end, diffusion.num_train_timesteps
     match diffusion.beta_schedule:
         case BetaSchedule.linear:
             betas = _linspace(start, end, length)
         case BetaSchedule.scaled_linear:
             betas = _linspace(start**0.5, end**0.5, length) ** 2
+    if diffusion.rescale_zero_terminal_snr:
+        betas = _rescaled(betas)
     return NoiseSchedule(betas, _cumulative(1 - betas))
 
 
@@ -71,6 +74,16 @@ def _linspace(start: float, end: float, length: int) -> Float[np.ndarray, " t"]:
     rising = np.float64(first) + step * index
     falling = np.float64(last) - step * (length - 1 - index)
     return np.where(index < length // 2, rising, falling).astype(np.float32)
+
+
+def _rescaled(betas: Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
+    """Betas whose last timestep is pure noise: sqrt(a_t) is shifted to end at 0, then stretched to
+    start where it did (Lin et al. 2023, arXiv 2305.08891, algorithm 1); float32 throughout."""
+    signal = np.sqrt(_cumulative(1 - betas))
+    stretched = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
+    alphas_cumprod = stretched**2
+    alphas = np.append(alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1])
+    return 1 - alphas
 
 
 def _cumulative(alphas: Float[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:

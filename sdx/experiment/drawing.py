@@ -8,7 +8,7 @@ from sdx.config.compose import from_saved
 from sdx.config.errors import ConfigError
 from sdx.config.schema import SampleConfig
 from sdx.data.source import DataError
-from sdx.diffusion.ddim import SamplerError
+from sdx.diffusion.plans import SamplerError
 from sdx.pipeline import load
 from sdx.record.paths import RunPaths
 from sdx.training.checkpoint import CheckpointMismatch, NoValidCheckpoint

@@ -79,7 +79,6 @@ class Gallery:
             num_steps=sample.num_steps,
             guidance_scale=sample.guidance_scale,
             guidance_rescale=sample.guidance_rescale,
-            sampler=self._config.sampler.kind.name,
             seed=sample.seed,
             should_stop=self._should_stop,
         )

@@ -281,6 +281,7 @@ class Attempt:
             self.setup.mesh,
             model=config.model,
             diffusion=config.diffusion,
+            sampler=resolve.sampler_kind(config),
             tokenizer_folder=self.setup.weights.tokenizer_folder(),
             resolution=resolve.resolution(config),
         )

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 # One pixel on every side: what all 3x3 convolutions have, save the VAE encoder's strided ones.
 SAME = ((1, 1), (1, 1))
@@ -233,7 +233,7 @@ class ResnetBlock(nnx.Module):
 
 
 def timestep_embedding(
-    timesteps: Int[Array, " b"], features: int, *, flip_sin_to_cos: bool, freq_shift: int
+    timesteps: Real[Array, " b"], features: int, *, flip_sin_to_cos: bool, freq_shift: int
 ) -> Float[Array, "b {features}"]:
     """Sinusoids of the timesteps, float32; cosines come first with `flip_sin_to_cos`.
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Real
 
 from sdx.config.schema import DownBlock, Remat, UNetConfig
 from sdx.models.attention import AttentionFn, SpatialTransformer
@@ -86,7 +86,7 @@ class UNet2DConditionModel(nnx.Module):
     def __call__(
         self,
         sample: Float[Array, "b h w c"],
-        timesteps: Int[Array, " b"],
+        timesteps: Real[Array, " b"],
         context: Float[Array, "b s d"],
     ) -> Float[Array, "b h w o"]:
         """The prediction for `sample` (noisy latents) given `context` (text states), in `dtype`."""

@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, UInt32
 
-from sdx.config.schema import PredictionType, TimestepSpacing
-from sdx.diffusion import ddim
+from sdx.config.schema import PredictionType, SamplerKind, TimestepSpacing
 from sdx.diffusion.guidance import guided
+from sdx.diffusion.plans import Step, make_plan
+from sdx.diffusion.samplers import Memory, start_memory, update
 from sdx.diffusion.schedule import NoiseSchedule
 
 
@@ -24,15 +25,16 @@ class SamplingStopped(Exception):
     """Drawing was asked to stop before it was done."""
 
 
-@dataclass(frozen=True, eq=False)  # a static argument of jit: equal only to itself
+@dataclass(frozen=True, eq=False)
 class DenoiseRule:
-    """What one update is made of."""
+    """How pictures are drawn with one network."""
 
     predict: Callable[..., Any]
     """(params, noisy latents, timesteps, context) to the UNet's raw output."""
     schedule: NoiseSchedule
     prediction_type: PredictionType
     spacing: TimestepSpacing
+    kind: SamplerKind
 
 
 def initial_latents(seed: int, shape: tuple[int, ...]) -> Float[np.ndarray, "b h w c"]:
@@ -40,10 +42,17 @@ def initial_latents(seed: int, shape: tuple[int, ...]) -> Float[np.ndarray, "b h
     return np.asarray(jax.random.normal(jax.random.key(seed), shape))
 
 
+def picture_keys(seed: int, count: int) -> UInt32[np.ndarray, "b k"]:
+    """The random key of each picture, of the seed and its place alone, as raw data; for DDPM."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(count))
+    return np.asarray(jax.random.key_data(keys))
+
+
 def denoise(
     rule: DenoiseRule,
     params: Any,
     latents: Float[Array, "b h w c"],
+    keys: UInt32[Array, "b k"],
     context: Float[Array, "b s d"],
     negative_context: Float[Array, "b s d"],
     *,
@@ -52,37 +61,51 @@ def denoise(
     guidance_rescale: float = 0.0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Float[Array, "b h w c"]:
-    """Clean latents, still multiplied by the scaling factor, from noise.
+    """Clean latents, still multiplied by the scaling factor, from noise of deviation 1.
 
-    A `guidance_scale` of 1 is no guidance: half the work, and `negative_context` is not looked at.
-    Raises SamplerError for a number of steps the schedule does not have, SamplingStopped as soon
-    as `should_stop`.
+    `keys` are `picture_keys`: what a random sampler draws. A `guidance_scale` of 1 is no guidance:
+    half the work, and `negative_context` is not looked at. Raises SamplerError for what the sampler
+    cannot do, SamplingStopped as soon as `should_stop`.
     """
-    visited = ddim.timesteps(rule.spacing, rule.schedule.num_timesteps, num_steps)
-    ends = ddim.previous_timesteps(visited, rule.schedule.num_timesteps)
+    plan = make_plan(rule.kind, rule.schedule, rule.prediction_type, rule.spacing, num_steps)
     guidance = None
     if guidance_scale != 1:
         guidance = (negative_context, jnp.float32(guidance_scale), jnp.float32(guidance_rescale))
-    for timestep, end in zip(visited, ends, strict=True):
+    latents = latents * plan.start_scale
+    memory = start_memory(rule.kind, latents, keys)
+    for step in plan:
         if should_stop():
             raise SamplingStopped
-        latents = _update(rule, params, latents, context, guidance, timestep, end)
+        latents, memory = _update(
+            rule.predict,
+            rule.kind,
+            rule.prediction_type,
+            params,
+            step,
+            latents,
+            memory,
+            context,
+            guidance,
+        )
     return latents
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _update(
-    rule: DenoiseRule,
+    unet: Callable[..., Any],
+    kind: SamplerKind,
+    prediction_type: PredictionType,
     params: Any,
+    step: Step,
     latents: Float[Array, "b h w c"],
+    memory: Memory,
     context: Float[Array, "b s d"],
     guidance: tuple[Array, Array, Array] | None,
-    timestep: Int[Array, ""],
-    end: Int[Array, ""],
-) -> Float[Array, "b h w c"]:
+) -> tuple[Float[Array, "b h w c"], Memory]:
     def predict(x: Array, timesteps: Array, context: Array) -> Array:
-        return rule.predict(params, x, timesteps, context).astype(jnp.float32)
+        return unet(params, x, timesteps, context).astype(jnp.float32)
 
     predict_guided = predict if guidance is None else guided(predict, *guidance)
-    prediction = predict_guided(latents, jnp.broadcast_to(timestep, latents.shape[:1]), context)
-    return ddim.update(rule.prediction_type, rule.schedule, prediction, latents, timestep, end)
+    timesteps = jnp.broadcast_to(step.timestep, latents.shape[:1])
+    prediction = predict_guided(latents, timesteps, context)
+    return update(kind, prediction_type, step, prediction, latents, memory)

@@ -24,7 +24,8 @@ def test_a_perfect_prediction_gives_back_latents_and_noise(kind: PredictionType)
     latents, noise = draws()
     noisy = SCHEDULE.add_noise(latents, noise, TIMESTEPS)
     perfect = target(kind, SCHEDULE, latents, noise, TIMESTEPS)
-    back_latents, back_noise = latents_and_noise(kind, SCHEDULE, perfect, noisy, TIMESTEPS)
+    signal, sigma = SCHEDULE.coefficients(TIMESTEPS)
+    back_latents, back_noise = latents_and_noise(kind, perfect, noisy, signal=signal, sigma=sigma)
     np.testing.assert_allclose(back_latents, latents, atol=1e-4)  # epsilon divides by 0.07 at 999
     np.testing.assert_allclose(back_noise, noise, atol=1e-4)
 

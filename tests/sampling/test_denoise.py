@@ -1,7 +1,9 @@
-"""The guided loop around a toy network: diffusers' trajectory, one compilation, one half less
+"""The guided loop around a toy network: diffusers' trajectories, one compilation, one half less
 work."""
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,77 +11,116 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdx.config.schema import DiffusionConfig, PredictionType, TimestepSpacing
+from sdx.config.schema import DiffusionConfig, PredictionType, SamplerKind, TimestepSpacing
+from sdx.diffusion.plans import SamplerError
+from sdx.diffusion.samplers import fresh_noise
 from sdx.diffusion.schedule import make_schedule
-from sdx.sampling.denoise import DenoiseRule, SamplingStopped, denoise, initial_latents
+from sdx.sampling.denoise import (
+    DenoiseRule,
+    SamplingStopped,
+    denoise,
+    initial_latents,
+    picture_keys,
+)
+from tests.diffusers_schedulers import drive, make_scheduler
 
 pytestmark = pytest.mark.fast
 SHAPE = (2, 4, 4, 4)
 CONTEXT = np.linspace(-1, 1, 2 * 3 * 5, dtype=np.float32).reshape(2, 3, 5)
+SCALE = 7.5
+COMBINATIONS = [
+    pytest.param(*options, id="-".join(map(str, (*(x.name for x in options[:3]), options[3]))))
+    for options in itertools.product(
+        SamplerKind, PredictionType, TimestepSpacing, ["plain", "rescaled"]
+    )
+]
 
 
 def toy(params: Any, latents: Any, timesteps: Any, context: Any) -> Any:
-    """The same arithmetic for JAX and torch."""
-    return params * latents * context[:, :1, :1, None] + (timesteps / 1000)[:, None, None, None]
+    """The same arithmetic for JAX and torch; bounded, so that no trajectory runs away."""
+    x = params * latents * context[:, :1, :1, None] + (timesteps / 1000)[:, None, None, None]
+    return x / (1 + abs(x))
+
+
+def predict_toy(params: Any, latents: Any, timesteps: Any, context: Any) -> Any:
+    return toy(params, latents, timesteps.astype(jnp.float32), context)
 
 
 def make_rule(**changes: Any) -> DenoiseRule:
     options: dict[str, Any] = {
-        "predict": lambda params, x, timesteps, context: toy(
-            params, x, timesteps.astype(jnp.float32), context
-        ),
+        "predict": predict_toy,
         "schedule": make_schedule(DiffusionConfig()),
         "prediction_type": PredictionType.v_prediction,
         "spacing": TimestepSpacing.leading,
+        "kind": SamplerKind.ddim,
     }
     return DenoiseRule(**(options | changes))
 
 
-def run(rule: DenoiseRule, *, num_steps: int = 4, scale: float = 7.5, **options: Any) -> np.ndarray:
-    latents = jnp.asarray(initial_latents(0, SHAPE))
-    contexts = jnp.asarray(CONTEXT), jnp.asarray(-CONTEXT)
-    params = jnp.float32(0.5)
-    return np.asarray(
-        denoise(
-            rule, params, latents, *contexts, num_steps=num_steps, guidance_scale=scale, **options
-        )
-    )
+def run(
+    rule: DenoiseRule, *, num_steps: int = 4, scale: float = SCALE, rows: int = 2, **options: Any
+) -> np.ndarray:
+    latents = jnp.asarray(initial_latents(0, SHAPE)[:rows])
+    keys = jnp.asarray(picture_keys(0, rows))
+    contexts = jnp.asarray(CONTEXT[:rows]), jnp.asarray(-CONTEXT[:rows])
+    options = {"num_steps": num_steps, "guidance_scale": scale} | options
+    return np.asarray(denoise(rule, jnp.float32(0.5), latents, keys, *contexts, **options))
 
 
-@pytest.mark.parametrize("spacing", TimestepSpacing)
-def test_guided_trajectory_is_diffusers(spacing: TimestepSpacing) -> None:
-    diffusers: Any = pytest.importorskip("diffusers")
-    torch = pytest.importorskip("torch")
-    theirs = diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction",
-        timestep_spacing=spacing.name,
-    )  # fmt: skip
-    theirs.set_timesteps(4)
-    x, context = torch.tensor(initial_latents(0, SHAPE)), torch.tensor(CONTEXT)
-    for timestep in theirs.timesteps:
+def run_diffusers(scheduler: Any, num_steps: int) -> np.ndarray:
+    """The same drawing with torch; DDPM is given the noise that we draw."""
+    import torch
+
+    def predict(x: Any, timestep: Any) -> Any:
         times = timestep.repeat(2).float()
-        negative, positive = (toy(0.5, x, times, c) for c in (-context, context))
-        x = theirs.step(negative + 7.5 * (positive - negative), timestep, x).prev_sample
-    ours = run(make_rule(spacing=spacing))
-    np.testing.assert_allclose(ours, x.numpy(), atol=1e-5 * float(x.abs().max()))
+        negative, positive = (toy(0.5, x, times, torch.tensor(c)) for c in (-CONTEXT, CONTEXT))
+        return negative + SCALE * (positive - negative)
+
+    def draw(timestep: Any) -> Any:
+        keys = jnp.asarray(picture_keys(0, 2))
+        return torch.tensor(np.array(fresh_noise(keys, jnp.int32(int(timestep)), SHAPE)))
+
+    noise = torch.tensor(initial_latents(0, SHAPE))
+    return drive(scheduler, num_steps, noise, predict, draw).numpy()
 
 
-def counting(traced: list[int]) -> DenoiseRule:
+@pytest.mark.parametrize(("kind", "prediction_type", "spacing", "betas"), COMBINATIONS)
+def test_guided_trajectory_is_diffusers(
+    kind: SamplerKind, prediction_type: PredictionType, spacing: TimestepSpacing, betas: str
+) -> None:
+    """Ten steps of every combination that is not refused; what is, diffusers cannot do either."""
+    rescale = betas == "rescaled"
+    try:
+        scheduler = make_scheduler(kind, prediction_type, spacing, rescale=rescale)
+        theirs = run_diffusers(scheduler, 10)
+    except (TypeError, ValueError):  # PNDM's has no rescaling and no sample prediction
+        theirs = np.full(SHAPE, np.nan)
+    schedule = make_schedule(DiffusionConfig(rescale_zero_terminal_snr=rescale))
+    rule = make_rule(kind=kind, prediction_type=prediction_type, spacing=spacing, schedule=schedule)
+    if not np.isfinite(theirs).all():
+        with pytest.raises(SamplerError, match=f"^sampler={kind.name}: .*use "):
+            run(rule, num_steps=10)
+        return
+    ours, scale = run(rule, num_steps=10), max(1.0, float(np.abs(theirs).max()))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * scale)
+
+
+def counting(traced: list[int], **changes: Any) -> DenoiseRule:
     """A rule whose network notes the rows it is traced with, once for each compilation."""
 
     def predict(params: Any, latents: jax.Array, *rest: Any) -> jax.Array:
         traced.append(latents.shape[0])
         return params * latents
 
-    return make_rule(predict=predict)
+    return make_rule(predict=predict, **changes)
 
 
-def test_neither_steps_nor_scale_compile_again() -> None:
+@pytest.mark.parametrize("kind", SamplerKind)
+def test_neither_steps_scale_nor_spacing_compile_again(kind: SamplerKind) -> None:
     traced: list[int] = []
-    rule = counting(traced)
+    rule = counting(traced, kind=kind)
     run(rule)
-    run(rule, num_steps=7, scale=3.0, guidance_rescale=0.7)
+    run(replace(rule, spacing=TimestepSpacing.linspace), num_steps=7, scale=3.0)
     assert len(traced) == 1
 
 
@@ -102,3 +143,14 @@ def test_a_place_has_its_noise_whatever_follows() -> None:
     np.testing.assert_array_equal(few, many[:2])
     assert not np.array_equal(few, initial_latents(6, (2, 4, 4, 4)))
     assert not np.array_equal(many[0], many[1])
+
+
+def test_ddpm_draws_for_a_picture_whatever_follows() -> None:
+    rule = make_rule(kind=SamplerKind.ddpm)
+    both = run(rule)
+    np.testing.assert_allclose(run(rule, rows=1), both[:1], atol=1e-5)
+    np.testing.assert_array_equal(run(rule), both)
+    keys = jnp.asarray(picture_keys(0, 2))
+    draws = [np.asarray(fresh_noise(keys, jnp.int32(t), SHAPE)) for t in (901, 801)]
+    distinct = [draws[0][0], draws[0][1], draws[1][0], initial_latents(0, SHAPE)[0]]
+    assert all(np.abs(a - b).max() > 1 for a, b in itertools.combinations(distinct, 2))

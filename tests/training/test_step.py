@@ -247,9 +247,8 @@ def test_latents_are_scaled_and_noised_as_the_target_says(kind: PredictionType) 
     mean, _ = jnp.split(moments, 2, axis=-1)
     certain = jnp.concatenate([mean, jnp.full_like(mean, -100.0)], axis=-1)  # clipped to -30
     drawn = steps.draw_examples(rule, jnp.int32(2), certain, context, weights)
-    latents, noise = latents_and_noise(
-        kind, rule.objective.schedule, drawn.target, drawn.noisy, drawn.timesteps
-    )
+    signal, sigma = rule.objective.schedule.coefficients(drawn.timesteps)
+    latents, noise = latents_and_noise(kind, drawn.target, drawn.noisy, signal=signal, sigma=sigma)
     np.testing.assert_allclose(latents, 0.18215 * mean, atol=1e-4)
     expected = jax.random.normal(steps.stream(steps.step_key(7, jnp.int32(2)), "noise"), mean.shape)
     np.testing.assert_allclose(noise, expected, atol=1e-3)

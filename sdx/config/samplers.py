@@ -1,0 +1,47 @@
+"""Which samplers can draw what, as far as the configuration alone decides it.
+
+What is refused is what diffusers' schedulers cannot do: an option they lack, or a division by zero.
+"""
+
+from sdx.config.schema import PredictionType, SamplerKind, TimestepSpacing
+
+# diffusers has these two start at 2**-24 instead of 0, where a schedule leaves no signal at all.
+_NEVER_ZERO = {SamplerKind.euler, SamplerKind.dpmpp_2m}
+
+
+def refusal(
+    kind: SamplerKind,
+    prediction_type: PredictionType,
+    spacing: TimestepSpacing,
+    *,
+    rescale: bool,
+) -> str | None:
+    """Why `kind` cannot draw from such a model, and what can; None where it can.
+
+    `rescale` is `diffusion.rescale_zero_terminal_snr`.
+    """
+    if kind is SamplerKind.pndm and prediction_type is PredictionType.sample:
+        return "is not defined for prediction_type=sample; use ddim, ddpm, euler or dpmpp_2m"
+    if kind is SamplerKind.pndm and rescale:
+        return (
+            "is not defined for diffusion.rescale_zero_terminal_snr=true; use ddim, ddpm, euler or"
+            " dpmpp_2m"
+        )
+    starts_dark = rescale and spacing is not TimestepSpacing.leading and kind not in _NEVER_ZERO
+    if starts_dark and prediction_type is PredictionType.epsilon:
+        return (
+            "divides by zero at the last timestep, where diffusion.rescale_zero_terminal_snr=true"
+            " leaves only noise: predict v, or use euler, dpmpp_2m or"
+            " diffusion.timestep_spacing=leading"
+        )
+    return None
+
+
+def most_steps(kind: SamplerKind, spacing: TimestepSpacing, num_timesteps: int) -> int:
+    """The most steps a sampler can take through a schedule of `num_timesteps`.
+
+    Leading loses one to steps_offset; DPM-Solver++ counts one more than it takes.
+    """
+    lost = spacing is TimestepSpacing.leading
+    lost += kind is SamplerKind.dpmpp_2m and spacing is not TimestepSpacing.trailing
+    return num_timesteps - lost
