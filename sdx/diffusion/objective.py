@@ -1,43 +1,96 @@
-"""What the UNet learns: its target, how one prediction turns into another, and the weight of each
-example.
+"""What the UNet learns: how examples are noised, the target, how one prediction turns into another,
+and the weight of each example.
 
 v-prediction: Salimans & Ho 2022, arXiv 2202.00512, appendix D. Min-SNR: Hang et al. 2023, arXiv
-2303.09556, with diffusers' convention for v (train_text_to_image.py, snr_gamma).
+2303.09556, with diffusers' convention for v (train_text_to_image.py, snr_gamma). Noise offset:
+Guttenberg 2023, crosslabs.org/blog/diffusion-with-offset-noise. Input perturbation: Ning et al.
+2023, arXiv 2301.11706. DREAM: Zhou et al. 2024, arXiv 2312.00210.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import assert_never
+from typing import Any, assert_never
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from sdx.config.schema import DiffusionConfig, PredictionType
 from sdx.diffusion.schedule import NoiseSchedule, make_schedule
+from sdx.diffusion.timesteps import DrawTimesteps, make_draw
+
+Latents = Float[Array, "b h w c"]
+Timesteps = Int[Array, " b"]
+Streams = Callable[[str], Key[Array, ""]]
+"""The key of each named random stream."""
+
+
+def plain_noise(streams: Streams, shape: tuple[int, ...]) -> Float[Array, "b h w c"]:
+    """Standard normal."""
+    return jax.random.normal(streams("noise"), shape)
+
+
+def unperturbed(streams: Streams, noise: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """The noise of the target."""
+    return noise
+
+
+def unweighed(shares: Float[Array, " b"], timesteps: Int[Array, " b"]) -> Float[Array, " b"]:
+    """The shares as they are."""
+    return shares
+
+
+def unrectified(
+    predict: Callable[[Latents], Latents],
+    noisy: Float[Array, "b h w c"],
+    target: Float[Array, "b h w c"],
+    timesteps: Int[Array, " b"],
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+    """Input and target as they are."""
+    return noisy, target
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a UNet is trained to output, and how much each example counts."""
+    """What a UNet is trained on and to output, and how much each example counts; every choice is
+    made when it is built."""
 
     schedule: NoiseSchedule
-    target: Callable[
-        [Float[Array, "b h w c"], Float[Array, "b h w c"], Int[Array, " b"]],
-        Float[Array, "b h w c"],
-    ]
+    draw_timesteps: DrawTimesteps
+    target: Callable[[Latents, Latents, Timesteps], Latents]
     """(latents, noise, timesteps) to what the UNet must output."""
-    weigh: Callable[[Float[Array, " b"], Int[Array, " b"]], Float[Array, " b"]]
+    draw_noise: Callable[[Streams, tuple[int, ...]], Latents] = plain_noise
+    """The noise that targets are made of, of that shape."""
+    perturb: Callable[[Streams, Latents], Latents] = unperturbed
+    """That noise to the one in the UNet's input."""
+    weigh: Callable[[Float[Array, " b"], Timesteps], Float[Array, " b"]] = unweighed
     """(shares of the examples in the loss, timesteps) to the shares that the loss gives them."""
+    rectify: Callable[
+        [Callable[[Latents], Latents], Latents, Latents, Timesteps], tuple[Latents, Latents]
+    ] = unrectified
+    """(the UNet as a function of its noisy input, that input, target, timesteps) to the input and
+    target that are trained."""
 
 
 def make_objective(diffusion: DiffusionConfig, prediction_type: PredictionType) -> Objective:
     """The objective that `diffusion` describes, for a UNet that outputs `prediction_type`."""
     schedule = make_schedule(diffusion)
+    chosen: dict[str, Callable[..., Any]] = {}
+    if diffusion.noise_offset:
+        chosen["draw_noise"] = partial(offset_noise, diffusion.noise_offset)
+    if diffusion.input_perturbation:
+        chosen["perturb"] = partial(perturbed, diffusion.input_perturbation)
+    if diffusion.snr_gamma is not None:
+        chosen["weigh"] = partial(min_snr, prediction_type, schedule, diffusion.snr_gamma)
+    if diffusion.dream is not None:
+        assert prediction_type is PredictionType.epsilon, "diffusion.dream: checked beforehand"
+        chosen["rectify"] = partial(dream, schedule, diffusion.dream)
     return Objective(
         schedule=schedule,
+        draw_timesteps=make_draw(diffusion.timestep_bias, schedule.num_timesteps),
         target=partial(target, prediction_type, schedule),
-        weigh=_weighing(prediction_type, schedule, diffusion.snr_gamma),
+        **chosen,
     )
 
 
@@ -108,11 +161,46 @@ def snr_weights(
     assert_never(prediction_type)
 
 
-def _weighing(
-    prediction_type: PredictionType, schedule: NoiseSchedule, gamma: float | None
-) -> Callable[[Float[Array, " b"], Int[Array, " b"]], Float[Array, " b"]]:
-    if gamma is None:
-        return lambda shares, timesteps: shares
-    return lambda shares, timesteps: (
-        shares * snr_weights(prediction_type, schedule, timesteps, gamma)
-    )
+def offset_noise(
+    offset: float, streams: Streams, shape: tuple[int, ...]
+) -> Float[Array, "b h w c"]:
+    """Standard normal, and `offset` times a normal shift of each example and channel."""
+    shift = jax.random.normal(streams("noise_offset"), (shape[0], 1, 1, shape[-1]))
+    return plain_noise(streams, shape) + offset * shift
+
+
+def perturbed(
+    share: float, streams: Streams, noise: Float[Array, "b h w c"]
+) -> Float[Array, "b h w c"]:
+    """The noise of the target, and `share` times another that the target does not know."""
+    return noise + share * jax.random.normal(streams("input_perturbation"), noise.shape)
+
+
+def min_snr(
+    prediction_type: PredictionType,
+    schedule: NoiseSchedule,
+    gamma: float,
+    shares: Float[Array, " b"],
+    timesteps: Int[Array, " b"],
+) -> Float[Array, " b"]:
+    """The shares times their Min-SNR weights."""
+    return shares * snr_weights(prediction_type, schedule, timesteps, gamma)
+
+
+def dream(
+    schedule: NoiseSchedule,
+    power: float,
+    predict: Callable[[Latents], Latents],
+    noisy: Float[Array, "b h w c"],
+    target: Float[Array, "b h w c"],
+    timesteps: Int[Array, " b"],
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+    """Input and target moved towards the UNet's own error, as it would meet it when sampling.
+
+    With q = sqrt(1 - a_t), n the noise and n' what the UNet takes for it: d = q^power (n - n') is
+    added to the target and q d to the input. For epsilon, whose target is the noise. Reference:
+    diffusers' compute_dream_and_update_latents (training_utils.py).
+    """
+    _, sigma = schedule.coefficients(timesteps)
+    error = sigma**power * (target - predict(noisy))
+    return noisy + sigma * error, target + error

@@ -8,6 +8,7 @@ moments and average as they are.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,8 @@ from sdx.diffusion.objective import Objective
 from sdx.training.optimizer import LrSchedule, clip, ema_decay
 from sdx.training.state import Params, TrainState, select
 
-STREAMS = ("noise", "timesteps", "latents")
+# A name's place is its number: further ones are appended, or every run draws anew.
+STREAMS = ("noise", "timesteps", "latents", "noise_offset", "input_perturbation")
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution
 
 Conditioning = Float[Array, "b s d"] | Int[Array, "b s"]
@@ -127,15 +129,13 @@ def draw_examples(
     weights: Float[Array, " b"],
 ) -> Examples:
     """Sample latents from `moments`, then noise and timesteps, for the whole batch at once."""
-    key, objective = step_key(rule.seed, step), rule.objective
-    latents = sample_latents(stream(key, "latents"), moments) * rule.scaling_factor
-    noise = jax.random.normal(stream(key, "noise"), latents.shape)
-    timesteps = jax.random.randint(
-        stream(key, "timesteps"), weights.shape, 0, objective.schedule.num_timesteps
-    )
+    streams, objective = partial(stream, step_key(rule.seed, step)), rule.objective
+    latents = sample_latents(streams("latents"), moments) * rule.scaling_factor
+    noise = objective.draw_noise(streams, latents.shape)
+    timesteps = objective.draw_timesteps(streams("timesteps"), len(weights))
     shares = weights / jnp.maximum(jnp.sum(weights), 1.0)
     return Examples(
-        noisy=objective.schedule.add_noise(latents, noise, timesteps),
+        noisy=objective.schedule.add_noise(latents, objective.perturb(streams, noise), timesteps),
         target=objective.target(latents, noise, timesteps),
         timesteps=timesteps,
         conditioning=conditioning,
@@ -175,10 +175,15 @@ def loss_and_grads(
 
 def batch_loss(rule: StepRule, params: Params, examples: Examples) -> Float[Array, ""]:
     """Sum over examples of weight times mean squared error; float32."""
-    prediction = rule.predict(
-        params, examples.noisy, examples.timesteps, examples.conditioning
-    ).astype(jnp.float32)
-    errors = jnp.mean(jnp.square(prediction - examples.target), axis=(1, 2, 3))
+    timesteps = examples.timesteps
+
+    def predict(params: Params, noisy: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        prediction = rule.predict(params, noisy, timesteps, examples.conditioning)
+        return prediction.astype(jnp.float32)
+
+    as_it_is = partial(predict, jax.lax.stop_gradient(params))
+    noisy, target = rule.objective.rectify(as_it_is, examples.noisy, examples.target, timesteps)
+    errors = jnp.mean(jnp.square(predict(params, noisy) - target), axis=(1, 2, 3))
     return jnp.sum(examples.weights * errors)
 
 
