@@ -23,18 +23,25 @@ from sdx.config.schema import Config, Init, OnResume, Platform, ResumePolicy
 from sdx.data.loader import make_loader
 from sdx.data.source import BadImage, DataError
 from sdx.experiment.compilation_cache import heal_compilation_cache
+from sdx.experiment.exporting import (
+    EXPORT_FAULTS,
+    complete_export,
+    export_at_end,
+    is_export_due,
+)
 from sdx.experiment.gallery import Gallery
+from sdx.experiment.publishing import PublishError
 from sdx.experiment.setup import REFUSALS, Setup, prepare
 from sdx.parallel.memory import keep_freed_memory
 from sdx.parallel.stopping import EXIT_INTERRUPTED, StopFlag
-from sdx.pipeline import Params, make_pipeline
+from sdx.pipeline import Params, Pipeline, make_pipeline
 from sdx.record.files import read_json, write_text
-from sdx.record.lock import RefusedStart
+from sdx.record.lock import RefusedStart, RunLock
 from sdx.record.log import Log
 from sdx.record.metrics import truncate_after
 from sdx.record.paths import RunPaths
 from sdx.record.run import AlreadyFinished, Change, RunRecord, start
-from sdx.record.status import Status
+from sdx.record.status import Status, read_status
 from sdx.sampling.denoise import SamplingStopped
 from sdx.training.checkpoint import (
     Checkpointer,
@@ -63,7 +70,13 @@ class FolderLost(RuntimeError):
     """The run folder belongs to another process by now."""
 
 
-_FAULTS = (FolderLost, TooManyBadSteps, NoValidCheckpoint, CheckpointMismatch, DataError)
+class ExportFailed(RuntimeError):
+    """The model could not be exported; its training is done."""
+
+
+_FAULTS = (
+    FolderLost, ExportFailed, TooManyBadSteps, NoValidCheckpoint, CheckpointMismatch, DataError
+)  # fmt: skip
 """Failures that explain themselves; any other leaves its traceback."""
 
 
@@ -82,11 +95,12 @@ def run(config: Config, overrides: Sequence[str]) -> int:
         try:
             with stop.compiling():  # scanning a folder of images can take minutes
                 setup = prepare(config)
-                record = _take_folder(setup, overrides)
+                try:
+                    record = _take_folder(setup, overrides)
+                except AlreadyFinished as finished:
+                    print(finished)
+                    return _complete_export(setup)
                 attempts.append(Attempt(setup, record, stop))
-        except AlreadyFinished as finished:
-            print(finished)
-            return FINISHED
         except (ConfigError, *REFUSALS) as error:
             print(error if isinstance(error, ConfigError) else f"sdx: {error}", file=sys.stderr)
             return REFUSED
@@ -102,6 +116,21 @@ def _attempted(attempt: "Attempt") -> int:
         attempt.log.write(traceback.format_exc())
         traceback.print_exc()
         return attempt.fail(f"{type(error).__name__}: {error}")
+
+
+def _complete_export(setup: Setup) -> int:
+    """What a finished run still owes: its export, or the upload."""
+    config, paths = setup.config, setup.paths
+    status = read_status(paths)
+    if status is None or not is_export_due(paths, config, status.step):
+        return FINISHED
+    with RunLock(paths.lock):
+        try:
+            complete_export(paths, config, print)
+        except (*EXPORT_FAULTS, PublishError, OSError) as error:
+            print(f"sdx: {error}", file=sys.stderr)
+            return FAILED
+    return FINISHED
 
 
 def _take_folder(setup: Setup, overrides: Sequence[str]) -> RunRecord:
@@ -200,8 +229,12 @@ class Attempt:
 
     def _load(self, abstract: Params) -> Params:
         """The pretrained weights of these networks."""
-        files = self.setup.weights
-        return {name: LOADERS[name](files, like) for name, like in abstract.items()}
+        setup = self.setup
+        files = {"unet": setup.unet or setup.weights}
+        return {
+            name: LOADERS[name](files.get(name, setup.weights), like)
+            for name, like in abstract.items()
+        }
 
     def _train(self, program: Program, frozen: Params) -> int:
         setup, config, paths = self.setup, self.setup.config, self.setup.paths
@@ -213,7 +246,8 @@ class Attempt:
             self.record.begin(first_step, truncate_after(paths.metrics, first_step))
             _remove_later_pictures(paths, first_step)
             sinks = make_sinks(config.metrics.sinks, paths, first_step=first_step + 1)
-            gallery = self._gallery(program, frozen, sinks)
+            pipeline = self._pipeline(program, frozen)
+            gallery = Gallery(config, paths, pipeline, sinks, lambda: self.stop.requested)
             loader = make_loader(
                 setup.source,
                 setup.tokenizer,
@@ -242,6 +276,9 @@ class Attempt:
             self._conclude(outcome, gallery)
             for sink in sinks:
                 sink.close()
+        if config.export.at_end:
+            self._export(pipeline.with_params(sampling_params(outcome.state)), outcome.step)
+        self.say(f"finished {outcome.step} steps: {paths.root}")
         self.record.finish(Status.finished, step=outcome.step)
         return FINISHED
 
@@ -272,9 +309,9 @@ class Attempt:
             del trained["unet"]
         return program.init(**self._load(trained))
 
-    def _gallery(self, program: Program, frozen: Params, sinks: Sequence[MetricSink]) -> Gallery:
+    def _pipeline(self, program: Program, frozen: Params) -> Pipeline:
         config = self.setup.config
-        pipeline = make_pipeline(
+        return make_pipeline(
             program.networks,
             frozen,
             self.setup.tokenizer,
@@ -285,7 +322,6 @@ class Attempt:
             tokenizer_folder=self.setup.weights.tokenizer_folder(),
             resolution=resolve.resolution(config),
         )
-        return Gallery(config, self.setup.paths, pipeline, sinks, lambda: self.stop.requested)
 
     def _reporter(self, program: Program, sinks: Sequence[MetricSink]) -> Reporter:
         config = self.setup.config
@@ -313,7 +349,19 @@ class Attempt:
             adherence = gallery.judge(sampling_params(outcome.state), num_prompts)
             self.record.update(adherence=asdict(adherence))
             self.say(f"adherence: {adherence}")
-        self.say(f"finished {outcome.step} steps: {self.setup.paths.root}")
+
+    def _export(self, pipeline: Pipeline, step: int) -> None:
+        """`RUN/export`. All is saved before, so that a failure costs nothing but another start."""
+        setup = self.setup
+        try:
+            with self.stop.compiling():  # an upload can take hours: a signal ends it at once
+                export_at_end(setup.paths, setup.config, pipeline, step, self.say)
+        except Exception as error:
+            self.log.write(traceback.format_exc())
+            raise ExportFailed(
+                f"all {step} steps are done, but not the export ({error}); the same command goes "
+                "on from the last checkpoint and tries it again"
+            ) from error
 
     def _note_bad_images(self, late: Iterable[BadImage] = ()) -> None:
         """`bad_images.jsonl`: what the scan left out and what became unreadable since."""

@@ -3,6 +3,7 @@
 Whatever is wrong here refuses the start (exit code 2): devices, data, the model's folder, batch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,13 @@ from jax.sharding import Mesh
 
 from sdx.config import resolve
 from sdx.config.identity import run_folder_name
-from sdx.config.schema import Config, Init
+from sdx.config.schema import Config, Init, ModelConfig
 from sdx.data.loader import open_source
 from sdx.data.source import DataError, FirstExamples, Source
 from sdx.data.tokenizer import Tokenizer, load_tokenizer
+from sdx.experiment.adopt import adopt
 from sdx.experiment.compilation_cache import use_compilation_cache
+from sdx.experiment.unet_checkpoint import RunUNet, open_unet_checkpoint
 from sdx.parallel.mesh import MeshError, claim_devices, make_mesh
 from sdx.record.files import DamagedRecord
 from sdx.record.lock import RefusedStart
@@ -24,9 +27,12 @@ from sdx.weights.configs import check_model
 from sdx.weights.errors import WeightsError
 from sdx.weights.folder import COMPONENTS
 from sdx.weights.load import check_tensors
-from sdx.weights.model_files import ModelFiles, open_model
+from sdx.weights.model_files import ModelFiles, NetworkFiles, open_model
+from sdx.weights.scheduler import schedule_differences
 
 REFUSALS = (MeshError, DataError, WeightsError, BatchError, RefusedStart, DamagedRecord)
+
+FROZEN = ("vae", "text_encoder")  # what is read of a model whose UNet comes from elsewhere
 
 # Orbax and TensorStore take a backslash for a slash, and brackets for a pattern when they restore.
 _UNREADABLE = frozenset("\\[]")
@@ -41,7 +47,9 @@ class Setup:
     source: Source
     tokenizer: Tokenizer
     weights: ModelFiles
-    """The model: UNet (unless it starts from random), autoencoder, text encoder."""
+    """The model: autoencoder and text encoder, and the UNet where nothing else is said of it."""
+    unet: NetworkFiles | None
+    """What the UNet is read from; None where it starts from random."""
     max_steps: int
     paths: RunPaths
 
@@ -53,16 +61,10 @@ def prepare(config: Config) -> Setup:
     mesh = make_mesh(config.mesh, config.hardware)
     config = resolve.with_global_batch(config, mesh.size)
     check_batch(config, mesh, resolve.global_batch_size(config))
-    reads_unet = config.model.init is Init.pretrained
-    components = [c for c in COMPONENTS if reads_unet or c != "unet"]
-    weights = open_model(
-        config.model.pretrained,
-        revision=config.model.revision,
-        variant=config.model.variant,
-        components=components,
-    )
-    check_model(weights, config.model, reads_unet=reads_unet)
-    check_tensors(weights, config.model, components)
+    weights, unet = _open_weights(config.model)
+    if config.model.from_files:
+        config = adopt(config, weights, unet)
+    _check_weights(config, weights, unet)
     length = config.model.text_encoder.max_position_embeddings
     tokenizer = load_tokenizer(weights.tokenizer_folder(), max_length=length)
     source = open_source(config.data, resolution=resolve.resolution(config))
@@ -74,9 +76,43 @@ def prepare(config: Config) -> Setup:
         source=source,
         tokenizer=tokenizer,
         weights=weights,
+        unet=unet,
         max_steps=resolve.max_steps(config, len(source)),
         paths=run_paths(config),
     )
+
+
+def _open_weights(model: ModelConfig) -> tuple[ModelFiles, NetworkFiles | None]:
+    """Files of the model, and those of its UNet unless it starts from random."""
+    reads_unet = model.init is Init.pretrained
+    is_alone = model.unet_checkpoint is not None
+    weights = open_model(
+        model.pretrained,
+        revision=model.revision,
+        variant=model.variant,
+        components=[c for c in COMPONENTS if c != "unet" or (reads_unet and not is_alone)],
+        model=model,
+    )
+    if not reads_unet:
+        return weights, None
+    alone = model.unet_checkpoint
+    return weights, weights if alone is None else open_unet_checkpoint(alone, model)
+
+
+def _check_weights(config: Config, weights: ModelFiles, unet: NetworkFiles | None) -> None:
+    """Raises a WeightsError where files and configuration disagree on what must agree."""
+    sources: list[tuple[NetworkFiles, Sequence[str]]] = [(weights, COMPONENTS)]
+    if unet is not weights:
+        sources = [(weights, FROZEN), *([] if unet is None else [(unet, ["unet"])])]
+    for files, components in sources:
+        check_model(files, config.model, components)
+    for files, components in sources:
+        if not isinstance(files, RunUNet):  # its configuration says all
+            check_tensors(files, config.model, components)
+    scheduler = None if unet is None else unet.config("scheduler")
+    if unet is not None and scheduler is not None:
+        for difference in schedule_differences(scheduler, config.diffusion):
+            print(f"{difference} in {unet.where('scheduler')}: training goes on with the first")
 
 
 def run_paths(config: Config) -> RunPaths:

@@ -5,6 +5,7 @@ is not always the schema's default. A file that asks for mathematics we do not h
 (`ONLY`), because its weights might fit and still mean something else.
 """
 
+from collections.abc import Iterable
 from dataclasses import fields
 from enum import Enum
 from pathlib import PurePath
@@ -21,7 +22,7 @@ from sdx.config.schema import (
     VAEConfig,
 )
 from sdx.weights.errors import WeightsError
-from sdx.weights.model_files import ModelFiles
+from sdx.weights.model_files import ModelFiles, NetworkFiles
 
 # Defaults of diffusers 0.42 (UNet2DConditionModel, AutoencoderKL), transformers 5 (CLIPTextConfig).
 ABSENT: dict[str, dict[str, Any]] = {
@@ -125,7 +126,7 @@ def read_model(files: ModelFiles) -> ModelConfig:
     )
 
 
-def read_unet_config(files: ModelFiles) -> UNetConfig:
+def read_unet_config(files: NetworkFiles) -> UNetConfig:
     """The UNet that unet/config.json describes."""
     found = _read(files, "unet")
     mirrored = [UP_BLOCKS.get(kind) for kind in reversed(found["down_block_types"])]
@@ -141,12 +142,12 @@ def read_unet_config(files: ModelFiles) -> UNetConfig:
     return _make(UNetConfig, found | {"attention_head_dim": heads, "down_block_types": kinds})
 
 
-def read_vae_config(files: ModelFiles) -> VAEConfig:
+def read_vae_config(files: NetworkFiles) -> VAEConfig:
     """The autoencoder that vae/config.json describes."""
     return _make(VAEConfig, _read(files, "vae"))
 
 
-def read_text_encoder_config(files: ModelFiles) -> TextEncoderConfig:
+def read_text_encoder_config(files: NetworkFiles) -> TextEncoderConfig:
     """The text encoder that text_encoder/config.json describes."""
     found = _read(files, "text_encoder")
     if found["hidden_act"] not in HiddenAct.__members__:
@@ -157,7 +158,7 @@ def read_text_encoder_config(files: ModelFiles) -> TextEncoderConfig:
     return _make(TextEncoderConfig, found | {"hidden_act": HiddenAct[found["hidden_act"]]})
 
 
-def read_prediction_type(files: ModelFiles) -> PredictionType:
+def read_prediction_type(files: NetworkFiles) -> PredictionType:
     """What the UNet was trained to output, by its scheduler's config."""
     name = (files.config("scheduler") or {}).get("prediction_type", "epsilon")
     if name not in PredictionType.__members__:
@@ -168,36 +169,42 @@ def read_prediction_type(files: ModelFiles) -> PredictionType:
     return PredictionType[name]
 
 
-def check_model(files: ModelFiles, model: ModelConfig, *, reads_unet: bool) -> None:
-    """Raises a WeightsError with every key in which the files and `model` disagree.
+READERS = {
+    "unet": read_unet_config,
+    "vae": read_vae_config,
+    "text_encoder": read_text_encoder_config,
+}
+"""By the names of the components, which are those of the model's parts."""
 
-    Without `reads_unet` (training from random) only what is read must agree: autoencoder and text
-    encoder.
+
+def check_model(files: NetworkFiles, model: ModelConfig, components: Iterable[str]) -> None:
+    """Raises a WeightsError with every key in which the files of `components` and `model` disagree.
+
+    With the UNet goes what it was trained to output, where files say so.
     """
-    pairs: list[tuple[str, Any, Any]] = [
-        ("vae", read_vae_config(files), model.vae),
-        ("text_encoder", read_text_encoder_config(files), model.text_encoder),
-    ]
     faults = []
-    if reads_unet:
-        pairs.append(("unet", read_unet_config(files), model.unet))
-        trained = read_prediction_type(files)
-        if trained is not model.prediction_type:
-            faults.append(
-                f"model.prediction_type is {model.prediction_type.name}, "
-                f"in {_short(files.where('scheduler'))} {trained.name}"
-            )
-    for component, found, wanted in pairs:
+    for component in components:
+        found, wanted = READERS[component](files), getattr(model, component)
         faults += _differences(component, found, wanted, files.where(component))
+        if component == "unet" and files.config("scheduler") is not None:
+            faults += _prediction_types(files, model)
     if faults:
         raise WeightsError(
             f"{files.source}: {len(faults)} keys differ between model={model.name} and its files; "
-            f"choose the model group that fits them, or set these keys:",
+            "choose the model group that fits them, set these keys, or set model.from_files=true:",
             faults,
         )
 
 
-def _read(files: ModelFiles, component: str) -> dict[str, Any]:
+def _prediction_types(files: NetworkFiles, model: ModelConfig) -> list[str]:
+    trained, wanted = read_prediction_type(files), model.prediction_type
+    if trained is wanted:
+        return []
+    where = _short(files.where("scheduler"))
+    return [f"model.prediction_type is {wanted.name}, in {where} {trained.name}"]
+
+
+def _read(files: NetworkFiles, component: str) -> dict[str, Any]:
     found = ABSENT[component] | (files.config(component) or {})
     faults = [
         f"{key}={found[key]}: sdx computes only {' or '.join(map(str, allowed))}"

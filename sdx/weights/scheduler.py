@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
+from sdx.config.leaves import plain, spelled
 from sdx.config.resolve import SAMPLER_OF_CLASS
 from sdx.config.schema import (
     BetaSchedule,
@@ -138,6 +139,24 @@ def read_scheduler(found: Mapping[str, Any], where: str) -> tuple[DiffusionConfi
         rescale_zero_terminal_snr=known.get("rescale_betas_zero_snr", False),
     )
     return diffusion, SAMPLER_OF_CLASS[SchedulerClass[name]]
+
+
+def schedule_differences(found: Mapping[str, Any], diffusion: DiffusionConfig) -> list[str]:
+    """Each key of the noise schedule whose value in a scheduler_config.json is another one.
+
+    Of any class: training does not depend on how a sampler uses the schedule.
+    """
+    usual = scheduler_config(DiffusionConfig(), PredictionType.epsilon, SamplerKind.ddim)
+    known = _ALL if "_class_name" in found else usual
+    theirs = {"rescale_betas_zero_snr": False} | known | dict(found)
+    keys = {key: key for key in (*NUMBERS, "beta_schedule")}
+    keys["rescale_zero_terminal_snr"] = "rescale_betas_zero_snr"
+    ours = {key: plain(getattr(diffusion, key)) for key in keys}
+    return [
+        f"diffusion.{key} is {spelled(ours[key])}, {name} is {spelled(theirs[name])}"
+        for key, name in keys.items()
+        if ours[key] != theirs[name]
+    ]
 
 
 def scheduler_config(

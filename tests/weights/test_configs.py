@@ -21,6 +21,7 @@ from sdx.weights.configs import (
     read_vae_config,
 )
 from sdx.weights.errors import WeightsError
+from sdx.weights.folder import COMPONENTS
 from sdx.weights.model_files import open_model
 
 
