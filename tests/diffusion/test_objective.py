@@ -1,12 +1,19 @@
 """Targets, conversions between predictions, and Min-SNR weights."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sdx.config.schema import DiffusionConfig, PredictionType
-from sdx.diffusion.objective import latents_and_noise, snr_weights, target
+from sdx.diffusion.objective import (
+    latents_and_noise,
+    make_objective,
+    snr_weights,
+    target,
+)
 from sdx.diffusion.schedule import NoiseSchedule, make_schedule
 
 pytestmark = pytest.mark.fast
@@ -59,3 +66,45 @@ def test_min_snr_weights_are_diffusers(kind: PredictionType) -> None:
 def test_weights_are_finite_without_any_signal(kind: PredictionType, limit: float) -> None:
     dark = NoiseSchedule(np.ones(1, np.float32), np.zeros(1, np.float32))
     assert snr_weights(kind, dark, jnp.array([0]), 5.0)[0] == limit
+
+
+@pytest.mark.parametrize("kind", PredictionType)
+def test_weights_are_finite_at_zero_terminal_snr(kind: PredictionType) -> None:
+    diffusion = DiffusionConfig(rescale_zero_terminal_snr=True, snr_gamma=5.0)
+    objective = make_objective(diffusion, kind)
+    assert objective.schedule.alphas_cumprod[-1] == 0
+    weights = objective.weigh(jnp.ones(1000), jnp.arange(1000))
+    assert bool(jnp.isfinite(weights).all()) and bool((weights[:-1] > 0).all())
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_dream_is_diffusers(power: float) -> None:
+    training_utils = pytest.importorskip("diffusers.training_utils")
+    diffusers = pytest.importorskip("diffusers")
+    torch = pytest.importorskip("torch")
+    objective = make_objective(DiffusionConfig(dream=power), PredictionType.epsilon)
+    latents, noise = draws()
+    noisy = objective.schedule.add_noise(latents, noise, TIMESTEPS)
+    ours = objective.rectify(lambda x: jnp.tanh(x) * 0.7, noisy, noise, TIMESTEPS)
+
+    class Output:
+        def __init__(self, sample: Any) -> None:
+            self.sample = sample
+
+    scheduler = diffusers.DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+    )
+    theirs = training_utils.compute_dream_and_update_latents(
+        lambda sample, timesteps, context: Output(torch.tanh(sample) * 0.7),
+        scheduler,
+        *(torch.tensor(np.array(x)) for x in (TIMESTEPS, noise, noisy, noise)),
+        encoder_hidden_states=None,
+        dream_detail_preservation=power,
+    )
+    for mine, reference in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, reference.numpy(), atol=1e-6)
+
+
+def test_dream_is_for_epsilon() -> None:
+    with pytest.raises(AssertionError, match="dream"):
+        make_objective(DiffusionConfig(dream=1.0), PredictionType.v_prediction)

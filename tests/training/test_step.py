@@ -21,6 +21,8 @@ from sdx.config.schema import (
     OptimizerConfig,
     OptimizerKind,
     PredictionType,
+    TimestepBias,
+    TimestepBiasConfig,
 )
 from sdx.diffusion.objective import latents_and_noise, make_objective
 from sdx.training import step as steps
@@ -152,12 +154,17 @@ def assert_close(ours: jax.Array, theirs: Any) -> None:
     assert difference <= 1e-6 * np.linalg.norm(reference)
 
 
-@pytest.mark.parametrize("unroll", [True, False])
-@pytest.mark.parametrize("pieces", [2, 4])
-def test_micro_batches_equal_the_large_batch(pieces: int, unroll: bool) -> None:
+@pytest.mark.parametrize(
+    ("pieces", "unroll", "dream"), [(2, True, 1.0), (2, False, None), (4, True, None)]
+)
+def test_micro_batches_equal_the_large_batch(
+    pieces: int, unroll: bool, dream: float | None
+) -> None:
     batch = make_batch()
     weights = jnp.array([1.0, 0.0, 1.0, 1.0])
-    whole, split = make_rule(), make_rule(gradient_accumulation=pieces, unroll=unroll)
+    objective = PredictionType.epsilon, DiffusionConfig(dream=dream)
+    whole = make_rule(*objective)
+    split = make_rule(*objective, gradient_accumulation=pieces, unroll=unroll)
     expected, expected_metrics = jitted(whole)(start(whole), *batch[:2], weights)
     state, metrics = jitted(split)(start(split), *batch[:2], weights)
     np.testing.assert_allclose(metrics["loss"], expected_metrics["loss"], rtol=1e-6)
@@ -252,6 +259,62 @@ def test_latents_are_scaled_and_noised_as_the_target_says(kind: PredictionType) 
     np.testing.assert_allclose(latents, 0.18215 * mean, atol=1e-4)
     expected = jax.random.normal(steps.stream(steps.step_key(7, jnp.int32(2)), "noise"), mean.shape)
     np.testing.assert_allclose(noise, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [PredictionType.epsilon, PredictionType.v_prediction])
+def test_offset_and_perturbation_are_diffusers(kind: PredictionType) -> None:
+    """train_text_to_image.py: the offset is part of the noise, the perturbation only of the
+    input."""
+    rule = make_rule(kind, DiffusionConfig(noise_offset=0.1, input_perturbation=0.2))
+    plain = make_rule(kind)
+    batch, step = make_batch(), jnp.int32(2)
+    drawn, before = (steps.draw_examples(r, step, *batch) for r in (rule, plain))
+    np.testing.assert_array_equal(drawn.timesteps, before.timesteps)
+    key = steps.step_key(7, step)
+    normal = {
+        name: jax.random.normal(steps.stream(key, name), shape)
+        for name, shape in {
+            "noise": before.noisy.shape,
+            "noise_offset": (4, 1, 1, CHANNELS),
+            "input_perturbation": before.noisy.shape,
+        }.items()
+    }
+    latents = 0.18215 * steps.sample_latents(steps.stream(key, "latents"), batch[0])
+    noise = normal["noise"] + 0.1 * normal["noise_offset"]
+    signal, sigma = rule.objective.schedule.coefficients(drawn.timesteps)
+    expected = noise if kind is PredictionType.epsilon else signal * noise - sigma * latents
+    noisy = signal * latents + sigma * (noise + 0.2 * normal["input_perturbation"])
+    np.testing.assert_allclose(drawn.target, expected, atol=1e-6)
+    np.testing.assert_allclose(drawn.noisy, noisy, atol=1e-6)
+    shift = drawn.target - before.target
+    if kind is PredictionType.epsilon:  # one number for each example and channel
+        np.testing.assert_allclose(
+            shift, jnp.broadcast_to(shift[:, :1, :1], shift.shape), atol=1e-6
+        )
+
+
+def test_no_gradient_flows_through_dreams_first_look() -> None:
+    rule = make_rule(PredictionType.epsilon, DiffusionConfig(dream=1.0))
+    params, examples = toy_params(), steps.draw_examples(rule, jnp.int32(0), *make_batch())
+    guess = rule.predict(params, examples.noisy, examples.timesteps, examples.conditioning)
+    _, sigma = rule.objective.schedule.coefficients(examples.timesteps)
+    error = sigma * (examples.target - guess)
+    fixed = examples._replace(noisy=examples.noisy + sigma * error, target=examples.target + error)
+    loss, grads = steps.loss_and_grads(rule, params, examples)
+    expected = steps.loss_and_grads(make_rule(PredictionType.epsilon), params, fixed)
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), grads, expected[1]
+    )
+    assert float(loss) != float(steps.loss_and_grads(make_rule(), params, examples)[0])
+
+
+def test_biased_timesteps_are_drawn_for_the_whole_batch() -> None:
+    bias = TimestepBiasConfig(TimestepBias.range, multiplier=1e9, begin=40, end=41)
+    drawn = steps.draw_examples(
+        make_rule(diffusion=DiffusionConfig(timestep_bias=bias)), jnp.int32(0), *make_batch(64)
+    )
+    assert set(np.asarray(drawn.timesteps).tolist()) == {40, 41}
 
 
 def test_overfits_one_batch_and_says_the_same_twice() -> None:
