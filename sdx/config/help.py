@@ -10,6 +10,7 @@ _COMMANDS = {
     "train": "train, or continue where a run of the same configuration stopped",
     "plan": "what a configuration needs on its hardware, which need not be here",
     "sample": "draw pictures from a run or a model folder",
+    "export": "write a run's model as a folder that diffusers loads",
 }
 _GROUPS = {
     "model": "what is trained",
@@ -61,8 +62,8 @@ Switches
 
 Precedence: command line > debug > experiment > hardware > the other groups > defaults.
 
-Outputs go to outputs/<model>-<data>-<hash>/ (run.output_dir, run.name): checkpoints/, samples/,
-metrics.jsonl, tensorboard/, config.yaml, run.json. The same command again continues there.
+Outputs go to outputs/<model>-<data>-<hash>/ (run.output_dir, run.name): checkpoints/, export/,
+samples/, metrics.jsonl, tensorboard/, config.yaml, run.json. The same command again continues there.
 
 Examples
   python -m sdx.train

@@ -49,6 +49,10 @@ class RunPaths:
         return self.root / "loss.png"
 
     @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+    @property
     def log(self) -> Path:
         return self.root / "log.txt"
 

@@ -1,7 +1,9 @@
 """The folder that a model is written to: taken whole or not at all, and only where it may be."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from sdx.record.files import DamagedRecord, read_json, replace_folder, write_jso
 from sdx.weights.export import ExportError
 
 RECORD = "sdx.json"
-_SHOWN = 5
+_SHOWN = 3
 
 
 @contextmanager
@@ -23,7 +25,7 @@ def export_folder(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
     check_replaceable(folder, record["of"])
     with replace_folder(folder) as draft:
         yield draft
-        write_json(draft / RECORD, {**record, "files": _files(draft)})
+        write_json(draft / RECORD, {**record, "files": sorted(_files(draft))})
 
 
 def check_replaceable(folder: Path, of: str) -> None:
@@ -34,12 +36,12 @@ def check_replaceable(folder: Path, of: str) -> None:
     if not folder.is_dir():
         raise ExportError(f"{folder}: is a file; use another folder.")
     record = exported(folder)
-    foreign = sorted(set(_files(folder)) - {RECORD, *record.get("files", [])})
+    ours = {RECORD, *record.get("files", [])}
+    foreign = list(islice((name for name in _files(folder) if name not in ours), _SHOWN))
     if foreign:
-        more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
         raise ExportError(
-            f"{folder}: holds {', '.join(foreign[:_SHOWN])}{more}, which sdx did not export; use "
-            "an empty folder or a new one."
+            f"{folder}: holds what sdx did not export ({', '.join(foreign)}); use an empty folder "
+            "or a new one."
         )
     if record and record.get("of") != of:
         raise ExportError(
@@ -55,7 +57,7 @@ def exported(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()
-    )
+def _files(folder: Path) -> Iterator[str]:
+    """Relative paths of all files below `folder`, as they come."""
+    for parent, _, names in os.walk(folder):
+        yield from (Path(parent, name).relative_to(folder).as_posix() for name in names)
