@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Int32
 
 from sdx.config import resolve
-from sdx.config.compose import from_saved
+from sdx.config.compose import compose, from_saved
 from sdx.config.schema import (
     AttentionKind,
     DiffusionConfig,
@@ -33,9 +33,11 @@ from sdx.parallel.mesh import one_device_mesh
 from sdx.record.paths import RunPaths
 from sdx.sampling.denoise import DenoiseRule, denoise, initial_latents, picture_keys
 from sdx.training.checkpoint import restore_params
-from sdx.weights.configs import read_model
+from sdx.weights.configs import check_model, read_model
+from sdx.weights.errors import WeightsError
 from sdx.weights.export import SpecialTokens, save_model
 from sdx.weights.export_folder import export_folder
+from sdx.weights.folder import COMPONENTS
 from sdx.weights.load import LOADERS
 from sdx.weights.model_files import ModelFiles, open_model
 from sdx.weights.scheduler import read_scheduler, scheduler_config
@@ -200,21 +202,38 @@ class Pipeline:
         return jax.device_put(x, place)
 
 
-def load(source: str | Path, *, dtype: str = "float32") -> Pipeline:
-    """The model in a diffusers-layout folder, a Hub id or an sdx run folder.
+def load(
+    source: str | Path,
+    revision: str | None = None,
+    dtype: str = "float32",
+    *,
+    variant: str | None = None,
+    model: str | None = None,
+) -> Pipeline:
+    """The model in a diffusers-layout folder, an original file, a Hub id or an sdx run folder.
 
-    A run folder gives its newest checkpoint, averaged weights where it keeps them. `dtype` is what
-    is computed in: float32 or bfloat16. Raises WeightsError or NoValidCheckpoint with the reason.
+    A run folder gives its newest checkpoint, averaged weights where it keeps them. `revision` is a
+    branch, tag or commit on the Hub, `variant` one of the weight files, such as fp16. `dtype` is
+    what is computed in: float32 or bfloat16. `model` is the option of conf/model that an original
+    .safetensors file is, where the file does not tell. Raises WeightsError, ConfigError or
+    NoValidCheckpoint with the reason.
     """
-    run = Path(source).expanduser()
-    if (run / "config.yaml").is_file():
-        return load_run(run, dtype=dtype)[1]
-    files = open_model(str(source))
+    path = Path(source).expanduser()
+    if model is not None and path.suffix != ".safetensors":
+        raise WeightsError(
+            f"model={model}: only an original .safetensors file needs it, {source} says itself "
+            "what it is; leave it out."
+        )
+    if (path / "config.yaml").is_file():
+        return load_run(path, dtype=dtype)[1]
+    named = None if model is None else compose([f"model={model}"]).model
+    files = open_model(str(source), revision=revision, variant=variant, model=named)
+    if named is not None:
+        check_model(files, named, COMPONENTS)
     diffusion, sampler = read_scheduler(files.config("scheduler") or {}, files.where("scheduler"))
-    model = read_model(files)
-    networks = _networks(model, dtype)
-    mesh = one_device_mesh()
-    return _assemble(files, networks, {}, mesh, model, diffusion, sampler, model.resolution)
+    found = read_model(files)
+    networks, mesh = _networks(found, dtype), one_device_mesh()
+    return _assemble(files, networks, {}, mesh, found, diffusion, sampler, found.resolution)
 
 
 def make_pipeline(
@@ -276,6 +295,7 @@ def load_run(
         revision=config.model.revision,
         variant=config.model.variant,
         components=[name for name in LOADERS if name not in trained],
+        model=config.model,
     )
     side = resolve.resolution(config)
     sampler = resolve.sampler_kind(config)

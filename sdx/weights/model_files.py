@@ -76,7 +76,7 @@ def open_model(
     if folder.is_dir():
         return open_folder(source, folder, variant=variant, components=components, say=say)
     if folder.is_file() or folder.suffix in SINGLE_FILES:
-        return open_original(source, folder, model, say=say)
+        return open_original(source, folder, model, components=components, say=say)
     if ID.fullmatch(source):
         return open_repository(
             source, revision=revision, variant=variant, components=components, say=say

@@ -7,7 +7,7 @@ The tokenizer is CLIP's, which ships with sdx.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -128,9 +128,10 @@ def open_original(
     path: Path,
     model: ModelConfig | None,
     *,
+    components: Iterable[str] = tuple(PREFIXES),
     say: Callable[[str], None] = print,
 ) -> SingleFile:
-    """The whole model in `path`; without a `model` it is taken for one of Stability's own.
+    """The model in `path`, to read `components` of; without a `model` one of Stability's own.
 
     Says which arrays are not read. Raises WeightsError for any other kind of file, with what it is,
     and where nothing tells what the UNet outputs.
@@ -138,7 +139,7 @@ def open_original(
     shapes, metadata = _read_header(path)
     _refuse_others(path, shapes)
     found = {part: places(part, shapes) for part in PREFIXES}
-    if missing := [PREFIXES[part][0] for part in PREFIXES if not found[part]]:
+    if missing := [PREFIXES[part][0] for part in components if not found[part]]:
         fix = "give the file it was cut from"
         if found["unet"] or any(map(DIFFUSERS_UNET.match, shapes)):
             fix += ", or a whole model, and this as model.unet_checkpoint"
