@@ -17,6 +17,7 @@ from sdx.data.source import DataError, FirstExamples, Source
 from sdx.data.tokenizer import Tokenizer, load_tokenizer
 from sdx.experiment.adopt import adopt
 from sdx.experiment.compilation_cache import use_compilation_cache
+from sdx.experiment.publishing import check_can_publish
 from sdx.experiment.unet_checkpoint import RunUNet, open_unet_checkpoint
 from sdx.parallel.mesh import MeshError, claim_devices, make_mesh
 from sdx.record.files import DamagedRecord
@@ -25,12 +26,15 @@ from sdx.record.paths import RunPaths
 from sdx.training.program import BatchError, check_batch
 from sdx.weights.configs import check_model
 from sdx.weights.errors import WeightsError
+from sdx.weights.export import ExportError
 from sdx.weights.folder import COMPONENTS
 from sdx.weights.load import check_tensors
 from sdx.weights.model_files import ModelFiles, NetworkFiles, open_model
 from sdx.weights.scheduler import schedule_differences
 
-REFUSALS = (MeshError, DataError, WeightsError, BatchError, RefusedStart, DamagedRecord)
+REFUSALS = (
+    MeshError, DataError, WeightsError, ExportError, BatchError, RefusedStart, DamagedRecord
+)  # fmt: skip
 
 FROZEN = ("vae", "text_encoder")  # what is read of a model whose UNet comes from elsewhere
 
@@ -61,6 +65,8 @@ def prepare(config: Config) -> Setup:
     mesh = make_mesh(config.mesh, config.hardware)
     config = resolve.with_global_batch(config, mesh.size)
     check_batch(config, mesh, resolve.global_batch_size(config))
+    if config.export.push_to_hub and config.export.hub_model_id is not None:
+        check_can_publish(config.export.hub_model_id)  # not when the training is done
     weights, unet = _open_weights(config.model)
     if config.model.from_files:
         config = adopt(config, weights, unet)
