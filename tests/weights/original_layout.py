@@ -7,6 +7,8 @@ right (test_original_names.py).
 import re
 from typing import Any
 
+import torch
+
 Tensors = dict[str, Any]
 
 RESNET = {
@@ -34,6 +36,21 @@ VAE_ATTENTION = {
     "to_v": "v",
     "to_out.0": "proj_out",
 }
+
+
+def original_model(kind: str, unet: Tensors, vae: Tensors, text_encoder: Tensors) -> Tensors:
+    """A whole checkpoint of torch tensors, "sd1" or "sd2", with what such files have besides."""
+    whole = original_unet(unet) | original_vae(vae)
+    if kind == "sd1":
+        whole |= original_clip(text_encoder)
+        whole["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)
+    else:
+        width = len(text_encoder["final_layer_norm.bias"])
+        whole |= original_open_clip(text_encoder, torch.cat)
+        whole["cond_stage_model.model.logit_scale"] = torch.ones(())
+        whole["cond_stage_model.model.text_projection"] = torch.zeros(width, width)
+    buffers = {"betas": torch.zeros(9), "alphas_cumprod": torch.zeros(9)}
+    return {name: tensor.contiguous() for name, tensor in (whole | buffers).items()}
 
 
 def original_unet(tensors: Tensors) -> Tensors:

@@ -22,10 +22,8 @@ from sdx.weights.model_files import ModelFiles, open_model
 from sdx.weights.original import open_original, open_unet_file
 from tests.weights.conftest import Reference
 from tests.weights.original_layout import (
-    original_clip,
-    original_open_clip,
+    original_model,
     original_unet,
-    original_vae,
 )
 
 with warnings.catch_warnings(action="ignore"):
@@ -37,18 +35,8 @@ INPAINTING = torch.zeros(320, 9, 3, 3)
 
 
 def original_tensors(reference: Reference) -> dict[str, Any]:
-    """The whole model, with what such files have besides."""
-    text = reference.text_encoder.state_dict()
-    whole = original_unet(reference.unet.state_dict()) | original_vae(reference.vae.state_dict())
-    if reference.kind == "sd1":
-        whole |= original_clip(text)
-        whole["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)
-    else:
-        whole |= original_open_clip(text, torch.cat)
-        whole["cond_stage_model.model.logit_scale"] = torch.ones(())
-        whole["cond_stage_model.model.text_projection"] = torch.zeros(24, 24)
-    buffers = {"betas": torch.zeros(9), "alphas_cumprod": torch.zeros(9)}
-    return {name: tensor.contiguous() for name, tensor in (whole | buffers).items()}
+    parts = (reference.unet, reference.vae, reference.text_encoder)
+    return original_model(reference.kind, *(part.state_dict() for part in parts))
 
 
 @pytest.fixture(scope="session")
