@@ -5,6 +5,7 @@ import pickle
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,21 @@ TEXTS = [
     "\0\x01\x7f\u200b\ufeff\u2028\xa0x",
 ]
 
+# Where pipelines of text part ways: contractions, cases that change length, composition, controls,
+# scripts without blanks, joined emoji, markup, numbers, private and last code points, length.
+NASTY = [
+    *("\n", "?!?!", "!" * 100, "''", "'S", "it\u2019s we'LL'd've", "DON'T", "\u00b4s"),
+    *(f"{START} a {END} b", f"{END}!{END}", f"{END} " * 40, "|endoftext|>", "<unk>", "[PAD]"),
+    *("&#39;&nbsp;", "http://a.b/c?d=e&f=g#h", "C:\\x\\y", "a_b-c--d", "(beautiful:1.3) [a|b]"),
+    *("1234567890", "3.14 1,000 50%", "⅓ Ⅷ ① ⅷ", "٠١٢٣ １２３", "$€£¥ C++ c# #tag @me ~`|\\ %s"),
+    *("ſ ϓ ΑΣ ΌΔΟΣ ΣΑΣ", "Ǆ ǆ ﬃ ﷺ", "\u212b \u2126 \u212a \u0344 \u0958", "q\u0323\u0307"),
+    *("e\u0301\u0301", "\u0301", " \u0301a", "\u1e9b\u0323", "각 \u1100\u1161\u11a8", "か\u309a"),
+    *("中文，测试。", "한국어", "עִברִית हिन्दी ไทย", "𝔘𝟘𝟙", "👍🏽 ☺️ 🇩🇪🇫", "Z̸̢͎a̶l̷g̵o̸"),
+    *("a\u00ada", "\u3000x\u1680x\u180e\x85", "a\x0bb\x0cc\x1c\x1d\x1e\x1f", "\u202e —–‐…“«"),
+    *("\ufffd\ufffe\uffff", "\ue000\ud7ff", "\U0010ffff\U000e0001", "\U0001d15e \uf900"),
+    *("x " * 75, "x " * 76, "é" * 200, "😀" * 100, "supercalifragilisticexpialidocious"),
+]
+
 
 def unicode_texts(count: int) -> list[str]:
     """Random texts of blanks, controls, Latin, Greek, Hebrew, marks, CJK, Hangul, ligatures,
@@ -61,6 +77,18 @@ def unicode_texts(count: int) -> list[str]:
         "".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(0, 120)))
         for _ in range(count)
     ]
+
+
+def any_texts(count: int) -> list[str]:
+    """Random texts over all of Unicode but half surrogates, its beginning more often."""
+    rng = random.Random(1)
+    lasts = [0x7F, 0x2FFF, 0xD7FF, 0x10FFFF]
+
+    def character() -> str:
+        code = rng.randint(0, rng.choice(lasts))
+        return "\n" if 0xD800 <= code <= 0xDFFF else chr(code)
+
+    return ["".join(character() for _ in range(rng.randint(0, 80))) for _ in range(count)]
 
 
 def byte_alphabet() -> list[str]:
@@ -147,12 +175,12 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return write(tmp_path / "tokenizer", *LAYOUTS[request.param])
 
 
-def check_equal(folder: Path) -> None:
+def check_equal(folder: Path, more: Sequence[str] = ()) -> None:
     from transformers import CLIPTokenizer
 
     reference = CLIPTokenizer.from_pretrained(folder)
     ours = load_tokenizer(folder)
-    texts = [*TEXTS, *unicode_texts(300), "a <sks> cat <SKS>", "<pad> <PAD>"]
+    texts = [*TEXTS, *unicode_texts(300), "a <sks> cat <SKS>", "<pad> <PAD>", *more]
     expected = reference(texts, padding="max_length", truncation=True, max_length=77)["input_ids"]
     ids = ours.encode(texts)
     assert ids.dtype == np.int32 and ids.shape == (len(texts), 77)
@@ -164,6 +192,13 @@ def check_equal(folder: Path) -> None:
 
 def test_ids_equal_transformers(folder: Path):
     check_equal(folder)
+
+
+@pytest.mark.parametrize("release", ["sd1", "sd2"])
+def test_ids_of_the_published_vocabulary(release: str, repository: Path):
+    """CLIP's own 49,408 tokens, whose merges a small vocabulary cannot show."""
+    folder = repository / "sdx" / "assets" / "clip" / release
+    check_equal(folder, [*NASTY, *any_texts(2000)])
 
 
 def test_ids_equal_transformers_from_a_tokenizer_json(folder: Path):
