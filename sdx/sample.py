@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdx.config.schema import MAX_SEED
+from sdx.config.schema import MAX_SEED, SamplerKind
 
 FINISHED, REFUSED = 0, 2
 
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             num_images=arguments.num_images,
             num_steps=arguments.steps,
             guidance_scale=arguments.guidance,
+            sampler=arguments.sampler,
             seed=arguments.seed,
             out=arguments.out,
         )
@@ -42,6 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=_whole, help="sampler steps (the run's own, else 30)")
     parser.add_argument(
         "--guidance", type=_scale, help="guidance scale; 1 is off (the run's own, else 7.5)"
+    )
+    parser.add_argument(
+        "--sampler", choices=list(SamplerKind.__members__), help="how it draws (the run's own)"
     )
     parser.add_argument("--seed", type=_seed, default=0, help="seed of the initial noise (0)")
     parser.add_argument(

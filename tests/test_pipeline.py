@@ -1,18 +1,21 @@
 """The public functions against torch run live, and what `sample` promises."""
 
 import json
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import sdx
+from sdx.config.schema import PredictionType, SamplerKind, TimestepSpacing
+from sdx.diffusion.samplers import fresh_noise
 from sdx.pipeline import Pipeline
-from sdx.sampling.denoise import SamplingStopped
+from sdx.sampling.denoise import SamplingStopped, picture_keys
 from sdx.weights.errors import WeightsError
+from tests.diffusers_schedulers import drive, make_scheduler
 from tests.weights.conftest import Reference, make_reference
 
 torch = pytest.importorskip("torch")
@@ -81,26 +84,29 @@ def test_every_part_is_torchs(pipe: Pipeline, reference: Reference, no_grad: Non
     assert_close(pipe.predict(latents, timesteps, context), theirs, 1e-4)
 
 
+@pytest.mark.parametrize("kind", SamplerKind)
 def test_guided_trajectory_is_diffusers(
-    pipe: Pipeline, reference: Reference, no_grad: None
+    pipe: Pipeline, reference: Reference, no_grad: None, kind: SamplerKind
 ) -> None:
-    """Ten guided DDIM steps from the same noise, latents and then pixels."""
-    with warnings.catch_warnings(action="ignore"):
-        diffusers: Any = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDIMScheduler(**SCHEDULER)
-    scheduler.set_timesteps(10)
-    start = normal(2, 3, 8, 8, 4)
+    """Ten guided steps from the same noise, latents and then pixels."""
+    scheduler = make_scheduler(kind, PredictionType.v_prediction, TimestepSpacing.leading)
+    start, keys = normal(2, 3, 8, 8, 4), jnp.asarray(picture_keys(0, 3))
     tokens = torch.tensor(np.concatenate([pipe.tokenize(["dull"] * 3), pipe.tokenize(PROMPTS)]))
     context = reference.text_encoder(tokens.long()).last_hidden_state
-    x = nchw(start)
-    for timestep in scheduler.timesteps:
+
+    def predict(x: Any, timestep: Any) -> Any:
         negative, positive = reference.unet(torch.cat([x, x]), timestep, context).sample.chunk(2)
-        guided = negative + 7.5 * (positive - negative)
-        x = scheduler.step(guided, timestep, x).prev_sample
-    clean = x / pipe.scaling_factor
+        return negative + 7.5 * (positive - negative)
+
+    def draw(timestep: Any) -> Any:
+        return nchw(fresh_noise(keys, jnp.int32(int(timestep)), start.shape))
+
+    clean = drive(scheduler, 10, nchw(start), predict, draw) / pipe.scaling_factor
     options: dict[str, Any] = {"negative_prompts": ["dull"], "num_steps": 10, "latents": start}
+    options["sampler"] = None if kind is SamplerKind.ddim else kind.name
     assert_close(pipe.sample(PROMPTS, output="latents", **options), clean, 1e-3)
-    assert_close(pipe.sample(PROMPTS, **options), reference.vae.decode(clean).sample, 1e-3)
+    if kind is SamplerKind.ddim:
+        assert_close(pipe.sample(PROMPTS, **options), reference.vae.decode(clean).sample, 1e-3)
 
 
 def test_pictures_depend_on_seed_and_place_alone(pipe: Pipeline) -> None:
@@ -132,8 +138,8 @@ def test_other_weights_draw_other_pictures_with_the_same_program(pipe: Pipeline)
 
 
 def test_what_cannot_be_drawn_is_refused(pipe: Pipeline) -> None:
-    with pytest.raises(ValueError, match="sampler=euler: use ddim"):
-        pipe.sample(["fog"], sampler="euler")
+    with pytest.raises(ValueError, match="sampler=heun: use ddpm, ddim, pndm, euler, dpmpp_2m"):
+        pipe.sample(["fog"], sampler="heun")
     with pytest.raises(ValueError, match="negative_prompts: 2 for 3 prompts; give 1 or 3"):
         pipe.sample(PROMPTS, negative_prompts=["a", "b"])
     with pytest.raises(ValueError, match="prompts: none given"):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from sdx.config import resolve
 from sdx.config.errors import Problem, any_of
 from sdx.config.leaves import Leaf, leaves, spelled, value
+from sdx.config.samplers import most_steps, refusal
 from sdx.config.schema import (
     Config,
     DataKind,
@@ -236,9 +237,6 @@ def _diffusion(config: Config) -> Iterator[Problem]:
     if start >= end:
         rule = f"must be below diffusion.beta_end={spelled(end)}"
         yield Problem("diffusion.beta_start", spelled(start), rule)
-    if config.sample.num_steps > config.diffusion.num_train_timesteps:
-        rule = f"at most diffusion.num_train_timesteps={config.diffusion.num_train_timesteps}"
-        yield Problem("sample.num_steps", str(config.sample.num_steps), rule)
 
 
 def _objective(config: Config) -> Iterator[Problem]:
@@ -260,11 +258,21 @@ def _objective(config: Config) -> Iterator[Problem]:
 
 
 def _sampler(config: Config) -> Iterator[Problem]:
-    named, chosen = config.diffusion.class_name, config.sampler.kind
-    if named is None or chosen in (resolve.sampler_kind(config), SamplerKind.ddim):
-        return
-    rule = f"names sampler={resolve.sampler_kind(config).name}, but sampler={chosen.name} is chosen"
-    yield Problem("diffusion.class_name", named.name, rule, "give one of them")
+    diffusion, named, chosen = config.diffusion, config.diffusion.class_name, config.sampler.kind
+    kind = resolve.sampler_kind(config)
+    if named is not None and chosen not in (kind, SamplerKind.ddim):
+        rule = f"names sampler={kind.name}, but sampler={chosen.name} is chosen"
+        yield Problem("diffusion.class_name", named.name, rule, "give one of them")
+    spacing, length = diffusion.timestep_spacing, diffusion.num_train_timesteps
+    rescale = diffusion.rescale_zero_terminal_snr
+    if reason := refusal(kind, resolve.prediction_type(config), spacing, rescale=rescale):
+        yield Problem("sampler.kind", kind.name, reason)
+    if config.sample.num_steps > (most := most_steps(kind, spacing, length)):
+        rule = (
+            f"at most {most} with sampler={kind.name}, diffusion.num_train_timesteps={length} and"
+            f" diffusion.timestep_spacing={spacing.name}"
+        )
+        yield Problem("sample.num_steps", str(config.sample.num_steps), rule)
 
 
 def _export(config: Config) -> Iterator[Problem]:

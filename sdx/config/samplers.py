@@ -31,8 +31,8 @@ def refusal(
     if starts_dark and prediction_type is PredictionType.epsilon:
         return (
             "divides by zero at the last timestep, where diffusion.rescale_zero_terminal_snr=true"
-            " leaves only noise: predict v, or use euler, dpmpp_2m or"
-            " diffusion.timestep_spacing=leading"
+            " leaves only noise; use diffusion.prediction_type=v_prediction, sampler=euler,"
+            " sampler=dpmpp_2m or diffusion.timestep_spacing=leading"
         )
     return None
 

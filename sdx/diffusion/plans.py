@@ -208,7 +208,9 @@ def _visited(
         case TimestepSpacing.leading:
             visited = np.arange(count)[::-1] * (length // count) + STEPS_OFFSET
         case TimestepSpacing.trailing:
-            visited = np.round(length - np.arange(num_steps) * (length / num_steps)) - 1
+            # arange's own rounding decides some ties; where it counts one too many, diffusers
+            # visits timestep -1.
+            visited = np.round(np.arange(length, 0, -length / num_steps)) - 1
         case TimestepSpacing.linspace:
             visited = np.linspace(0, length - 1, count)[::-1]
         case _:

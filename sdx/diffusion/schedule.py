@@ -3,7 +3,8 @@ timestep.
 
 Source: Ho et al. 2020, arXiv 2006.11239, equations 4 and 8. The tables equal diffusers' to the last
 bit: its `scaled_linear` is a float32 `torch.linspace` between the square roots, squared, and its
-cumulative product is accumulated in float64 and rounded once.
+cumulative product is accumulated in float64 and rounded once. Rescaled to zero terminal SNR they
+equal them as far as torch's square root on CPU, which is not rounded correctly, lets them.
 """
 
 from dataclasses import dataclass

@@ -40,12 +40,14 @@ def draw(
     num_images: int,
     num_steps: int | None,
     guidance_scale: float | None,
+    sampler: str | None,
     seed: int,
     out: Path | None,
 ) -> Path:
     """The folder with `grid.png` and a PNG for each prompt and number; raises DRAWING_FAULTS.
 
-    What is None is the run's own `sample.*`, or the schema's default for a model folder.
+    What is None is the run's own `sample.*`, or the schema's default for a model folder; `sampler`
+    the run's or the folder's own.
     """
     paths = RunPaths(Path(source).expanduser())
     is_run = paths.config.is_file()
@@ -62,6 +64,7 @@ def draw(
         negative_prompts=[own.negative_prompt if negative_prompt is None else negative_prompt],
         num_steps=num_steps or own.num_steps,
         guidance_scale=own.guidance_scale if guidance_scale is None else guidance_scale,
+        sampler=sampler,
         seed=seed,
     )
     pictures = to_uint8(images)

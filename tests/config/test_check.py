@@ -101,7 +101,32 @@ RULES = {
     ),
     "sampler steps": (
         "sample.num_steps=11 diffusion.num_train_timesteps=10",
-        "sample.num_steps=11: at most diffusion.num_train_timesteps=10.",
+        "sample.num_steps=11: at most 9 with sampler=ddim, diffusion.num_train_timesteps=10 and"
+        " diffusion.timestep_spacing=leading.",
+    ),
+    "more steps than this sampler has": (
+        "sampler=dpmpp_2m diffusion.timestep_spacing=linspace sample.num_steps=10"
+        " diffusion.num_train_timesteps=10",
+        "sample.num_steps=10: at most 9 with sampler=dpmpp_2m, diffusion.num_train_timesteps=10 and"
+        " diffusion.timestep_spacing=linspace.",
+    ),
+    "a sampler without zero terminal SNR": (
+        "sampler=pndm diffusion.rescale_zero_terminal_snr=true",
+        "sampler.kind=pndm: is not defined for diffusion.rescale_zero_terminal_snr=true;"
+        " use ddim, ddpm, euler or dpmpp_2m.",
+    ),
+    "a sampler without sample prediction": (
+        "diffusion.class_name=PNDMScheduler diffusion.prediction_type=sample",
+        "sampler.kind=pndm: is not defined for prediction_type=sample;"
+        " use ddim, ddpm, euler or dpmpp_2m.",
+    ),
+    "noise alone, divided by its signal": (
+        "diffusion.prediction_type=epsilon diffusion.rescale_zero_terminal_snr=true"
+        " diffusion.timestep_spacing=trailing",
+        "sampler.kind=ddim: divides by zero at the last timestep, where"
+        " diffusion.rescale_zero_terminal_snr=true leaves only noise;"
+        " use diffusion.prediction_type=v_prediction, sampler=euler, sampler=dpmpp_2m or"
+        " diffusion.timestep_spacing=leading.",
     ),
     "resolution": (
         "model=sd21 data.resolution=500",
