@@ -1,5 +1,6 @@
 """Small Stable Diffusion folders that diffusers and transformers write, with the torch models."""
 
+import json
 import warnings
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -33,7 +34,13 @@ HEADS: dict[tuple[str, int], int | list[int]] = {
 }
 ACTIVATIONS = {"sd1": "quick_gelu", "sd2": "gelu"}
 PREDICTION_TYPES = {"sd1": "epsilon", "sd2": "v_prediction"}
+PADDING = {"sd1": "<|endoftext|>", "sd2": "!"}
 NUM_TOKENS = 77
+STABLE_DIFFUSION = {
+    "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "steps_offset": 1, "set_alpha_to_one": False,
+    "clip_sample": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,3 +127,21 @@ def make_reference(kind: str, folder: Path, levels: int = 2) -> Reference:
             part.save_pretrained(folder / name)
         scheduler.save_pretrained(folder / "scheduler")
     return Reference(kind, folder, unet, vae, text_encoder)
+
+
+def complete(reference: Reference, **scheduler: Any) -> Path:
+    """The reference's folder with Stable Diffusion's scheduler and a small tokenizer in it."""
+    folder = reference.folder
+    described = STABLE_DIFFUSION | {"prediction_type": PREDICTION_TYPES[reference.kind]} | scheduler
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(described))
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = ["!", *letters, *(f"{letter}</w>" for letter in letters)]
+    vocabulary = {token: i for i, token in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": NUM_TOKENS}
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(
+        json.dumps(tokenizer | {"pad_token": PADDING[reference.kind]})
+    )
+    return folder
