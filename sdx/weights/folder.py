@@ -135,19 +135,31 @@ def open_folder(
     *,
     variant: str | None = None,
     components: Iterable[str] = COMPONENTS,
-    commit: str | None = None,
-    there: Collection[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> DiffusersFolder:
-    """The model in `folder`, to read `components` of; says which of them lack the variant.
+    """The model in `folder`, to read `components` of; raises as `check_weights` does."""
+    there = list_files(folder)
+    weights = check_weights(source, folder, there, components, variant, say=say)
+    return DiffusersFolder(source, folder, weights)
 
-    `there` lists the files of the repository that `folder` is a partial copy of. Raises one
-    WeightsError for all components that are not there, and for models of another kind.
+
+def check_weights(
+    source: str,
+    folder: Path,
+    there: Collection[str],
+    components: Iterable[str],
+    variant: str | None,
+    *,
+    say: Callable[[str], None],
+) -> dict[str, str]:
+    """The file (or index) of each component's weights, of the files that are `there`.
+
+    Says which components lack the variant. Raises one WeightsError for all that is missing, and for
+    models of another kind. `folder` need not hold any weights yet.
     """
-    there = list_files(folder) if there is None else there
     _check_pipeline(folder)
     weights = choose_weights(there, components, variant)
-    faults = [fault for component in weights for fault in _absences(component, weights, there)]
+    faults = [fault for component in weights for fault in absences(component, weights, there)]
     if faults:
         hints = [hint for pattern, hint in OTHER_FOLDERS if any(folder.glob(pattern))]
         raise WeightsError(f"{source}: not a whole model in diffusers' layout:", faults, hints[:1])
@@ -157,25 +169,15 @@ def open_folder(
     for name in chosen.values():
         if ".bin" in name:
             check_torch(folder / name)
-    return DiffusersFolder(source, folder, chosen, commit)
-
-
-def list_files(folder: Path) -> set[str]:
-    """Paths of all files in the components' folders, relative to `folder`."""
-    return {
-        f"{component}/{path.name}"
-        for component in CONFIGS
-        for path in (folder / component).glob("*")
-        if path.is_file()
-    }
+    return chosen
 
 
 def choose_weights(
     there: Collection[str], components: Iterable[str], variant: str | None
 ) -> dict[str, str | None]:
-    """The file (or index) of each component's weights: the variant's, or the plain one."""
+    """The file (or index) of each component's weights: the variant's, or else the plain one."""
     names = {
-        component: [*_names(component, OF_A_VARIANT, variant), *_names(component, PLAIN, None)]
+        component: [*_names(component, OF_A_VARIANT, variant), *_names(component, PLAIN)]
         for component in components
     }
     return {
@@ -184,39 +186,7 @@ def choose_weights(
     }
 
 
-def with_shards(folder: Path, weights: str) -> list[str]:
-    """The file itself and, of an index, all files it names."""
-    if not weights.endswith(".json"):
-        return [weights]
-    component = weights.split("/")[0]
-    shards = dict.fromkeys(shard_names(folder / weights).values())
-    return [weights, *(f"{component}/{shard}" for shard in shards)]
-
-
-def _names(component: str, patterns: tuple[str, ...], variant: str | None) -> list[str]:
-    if patterns is OF_A_VARIANT and variant is None:
-        return []
-    return [
-        f"{component}/{stem}{pattern.format(ending=ending, variant=variant)}"
-        for stem, ending in zip(STEMS[component], ENDINGS, strict=True)
-        for pattern in patterns
-    ]
-
-
-def _check_pipeline(folder: Path) -> None:
-    path = folder / "model_index.json"
-    if not path.is_file():
-        return
-    kind = str(read_json(path).get("_class_name"))
-    for part, what in OTHER_PIPELINES:
-        if part in kind:
-            raise WeightsError(
-                f"{path}: _class_name={kind} is {what}; sdx trains Stable Diffusion 1.x and 2.x "
-                "for text to image."
-            )
-
-
-def _absences(
+def absences(
     component: str, weights: dict[str, str | None], there: Collection[str]
 ) -> Iterator[str]:
     """What a component lacks, and what it has instead."""
@@ -240,6 +210,49 @@ def _absences(
             yield f"{needs}; found {', '.join(others) or 'no weights'} there"
 
 
+def list_files(folder: Path) -> set[str]:
+    """Paths of all files in the components' folders, relative to `folder`."""
+    return {
+        f"{component}/{path.name}"
+        for component in CONFIGS
+        for path in (folder / component).glob("*")
+        if path.is_file()
+    }
+
+
+def with_shards(folder: Path, weights: str) -> list[str]:
+    """The file itself and, of an index, all files it names."""
+    if not weights.endswith(".json"):
+        return [weights]
+    component = weights.split("/")[0]
+    shards = dict.fromkeys(shard_names(folder / weights).values())
+    return [weights, *(f"{component}/{shard}" for shard in shards)]
+
+
+def _names(component: str, patterns: tuple[str, ...], variant: str | None = None) -> list[str]:
+    """Paths the weights of a component may have; none of no variant."""
+    if patterns is OF_A_VARIANT and variant is None:
+        return []
+    return [
+        f"{component}/{stem}{pattern.format(ending=ending, variant=variant)}"
+        for stem, ending in zip(STEMS[component], ENDINGS, strict=True)
+        for pattern in patterns
+    ]
+
+
+def _check_pipeline(folder: Path) -> None:
+    path = folder / "model_index.json"
+    if not path.is_file():
+        return
+    kind = str(read_json(path).get("_class_name"))
+    for part, what in OTHER_PIPELINES:
+        if part in kind:
+            raise WeightsError(
+                f"{path}: _class_name={kind} is {what}; sdx trains Stable Diffusion 1.x and 2.x "
+                "for text to image."
+            )
+
+
 def _tell_variant(
     source: str,
     there: Collection[str],
@@ -258,5 +271,5 @@ def _tell_variant(
             "the word before .safetensors in one of these names."
         )
     for component, name in chosen.items():
-        if name in _names(component, PLAIN, None):
+        if name in _names(component, PLAIN):
             say(f"{source}: {component} has no variant {variant}; reading {name}")

@@ -5,6 +5,7 @@ user's token, which comes from the environment or `hf auth login`.
 """
 
 import re
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from sdx.weights.errors import WeightsError
 from sdx.weights.folder import (
     CONFIGS,
     DiffusersFolder,
-    choose_weights,
+    check_weights,
     list_files,
-    open_folder,
     with_shards,
 )
 
+# Answers after which a download is tried again, and when.
+BUSY = (429, 500, 502, 503, 504)
+WAITS_S = (1.0, 4.0, 16.0)
 ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Small files that say what a model is; weights follow by name.
 SMALL_FILES = [
@@ -58,42 +61,58 @@ def open_repository(
 ) -> DiffusersFolder:
     """The repository `source`; what is needed of it is downloaded unless the cache has it."""
     # Imported here: it costs 0.3 s, and local runs never need it.
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    components = list(components)
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=SMALL_FILES))
         commit = folder.name
-        there = _listing(source, commit, folder)
-        for weights in choose_weights(there, components, variant).values():
-            if weights is None:  # `open_folder` says so
-                continue
-            hf_hub_download(source, weights, revision=commit)
-            for shard in with_shards(folder, weights):
-                hf_hub_download(source, shard, revision=commit)
+        weights = _choose(source, folder, components, variant, say)
+        for name in weights.values():
+            _download(source, name, commit)
+            for shard in with_shards(folder, name):
+                _download(source, shard, commit)
     except WeightsError:
         raise
     except Exception as error:  # the client raises OSError, ValueError and httpx errors alike
         raise _unavailable(source, revision, error) from error
-    return open_folder(
-        source,
-        folder,
-        variant=variant,
-        components=components,
-        commit=commit,
-        there=there,
-        say=say,
-    )
+    return DiffusersFolder(source, folder, weights, commit)
 
 
-def _listing(source: str, commit: str, folder: Path) -> set[str]:
-    """All files of the repository; without a network those that the cache has."""
+def _choose(
+    source: str,
+    folder: Path,
+    components: Iterable[str],
+    variant: str | None,
+    say: Callable[[str], None],
+) -> dict[str, str]:
+    """Names of the weights, of all the repository has; without the Hub, of what the cache has."""
     from huggingface_hub import HfApi
 
     try:
-        return set(HfApi().list_repo_files(source, revision=commit))
-    except Exception:  # offline, or deleted since it was cached: then the cache is all there is
-        return list_files(folder)
+        siblings = HfApi().model_info(source, revision=folder.name).siblings or []
+        there, hints = {file.rfilename for file in siblings}, []
+    except Exception:  # offline, or deleted since it was cached
+        there = list_files(folder)
+        hints = ["the Hub does not answer, and this is what its cache has: connect to it once"]
+    try:
+        return check_weights(source, folder, there, components, variant, say=say)
+    except WeightsError as error:
+        raise WeightsError(str(error), hints=hints) from error
+
+
+def _download(source: str, name: str, commit: str) -> None:
+    """One file into the cache; the client itself does not ask again when the Hub is busy."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    for wait_s in (*WAITS_S, None):
+        try:
+            hf_hub_download(source, name, revision=commit)
+            return
+        except HfHubHTTPError as error:
+            if wait_s is None or error.response.status_code not in BUSY:
+                raise
+            time.sleep(wait_s)
 
 
 def _unavailable(source: str, revision: str | None, error: Exception) -> WeightsError:

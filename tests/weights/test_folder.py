@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sdx.weights.errors import WeightsError
-from sdx.weights.folder import list_files, open_folder
+from sdx.weights.folder import check_weights, list_files, open_folder
 from sdx.weights.model_files import open_model
 
 pytestmark = pytest.mark.fast
@@ -149,12 +149,6 @@ def test_a_copy_of_part_of_a_repository(tmp_path: Path) -> None:
     """The listing says what the repository has, the folder what was downloaded of it."""
     folder = lay(tmp_path, **PLAIN)
     there = {*list_files(folder), f"unet/{UNET}.fp16.safetensors"}
-    files = open_folder(
-        "it",
-        folder,
-        variant="fp16",
-        components=["vae", "text_encoder"],
-        there=there,
-        say=lambda line: None,
-    )
-    assert files.weights["vae"] == f"vae/{UNET}.safetensors"
+    parts = ["vae", "text_encoder"]
+    weights = check_weights("it", folder, there, parts, "fp16", say=lambda line: None)
+    assert weights["vae"] == f"vae/{UNET}.safetensors"
