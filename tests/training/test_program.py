@@ -2,7 +2,7 @@
 Python around it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from sdx.config.schema import ActivationsDtype, Config, Remat
+from sdx.config.schema import (
+    ActivationsDtype,
+    Config,
+    DiffusionConfig,
+    PredictionType,
+    Remat,
+    WeightsDtype,
+)
+from sdx.models import flops
 from sdx.parallel import sharding
 from sdx.training import program as programs
 from sdx.training.program import BatchError, Program, build
@@ -30,7 +38,7 @@ def make(config: Config | None = None, num_devices: int = 1, **axes: int) -> Pro
 
 def run(program: Program, num_steps: int = 2) -> tuple[TrainState, list[dict[str, float]]]:
     """Steps from the same start on the same pictures, whatever the mesh."""
-    state = program.init(**starting_weights(program))
+    state = program.init(**random_networks(program, program.abstract_state.params))
     rng = np.random.default_rng(0)
     batch = program.place_batch(
         rng.integers(0, 256, (BATCH, RESOLUTION, RESOLUTION, 3), dtype=np.uint8),
@@ -45,12 +53,16 @@ def run(program: Program, num_steps: int = 2) -> tuple[TrainState, list[dict[str
     return state, history
 
 
-def starting_weights(program: Program) -> Any:
-    return random_like(program.abstract_state.params, seed=1)
-
-
 def frozen(program: Program) -> Any:
-    return program.place_frozen(**random_like(program.abstract_frozen, seed=2))
+    return program.place_frozen(**random_networks(program, program.abstract_frozen))
+
+
+def random_networks(program: Program, names: Iterable[str]) -> dict[str, Any]:
+    """Weights of these networks, the same whether they are trained or frozen."""
+    seeds = {"unet": 1, "vae": 2, "text_encoder": 3}
+    return {
+        name: random_like(getattr(program.networks, name).abstract(), seeds[name]) for name in names
+    }
 
 
 def random_like(abstract: Any, seed: int) -> Any:
@@ -63,6 +75,18 @@ def random_like(abstract: Any, seed: int) -> Any:
 @pytest.fixture(scope="module")
 def reference() -> tuple[TrainState, list[dict[str, float]]]:
     return run(make().compile())
+
+
+def with_text_encoder() -> Config:
+    config = micro_config(global_batch_size=BATCH, text_encoder=True)
+    config.optimizer.text_encoder_lr = 1e-4  # a tenth
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[TrainState, list[dict[str, float]]]:
+    """The text encoder is trained too."""
+    return run(make(with_text_encoder()).compile())
 
 
 @pytest.fixture
@@ -85,20 +109,21 @@ def test_state_is_where_and_what_the_program_says(
 
 
 def test_eight_devices_say_what_one_says(
-    reference: tuple[TrainState, list[dict[str, float]]], shards_small_arrays: None
+    trained: tuple[TrainState, list[dict[str, float]]], shards_small_arrays: None
 ) -> None:
-    program = make(num_devices=8, data=2, fsdp=2, tensor=2)
+    program = make(with_text_encoder(), num_devices=8, data=2, fsdp=2, tensor=2)
     state, history = run(program)
-    for ours, expected in zip(history, reference[1], strict=True):
+    for ours, expected in zip(history, trained[1], strict=True):
         assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
     kernel = state.params["unet"]["mid_block"]["resnets"]["0"]["conv1"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 2
     moments: Any = state.opt_state
-    query = moments.mu["unet"]["mid_block"]["attentions"]["0"]["transformer_blocks"]["0"]["attn1"][
-        "to_q"
-    ]["kernel"]
-    assert query.addressable_shards[0].data.size == query.size // 4
+    transformer = moments.mu["unet"]["mid_block"]["attentions"]["0"]["transformer_blocks"]["0"]
+    layer = moments.mu["text_encoder"]["encoder"]["layers"]["0"]
+    for linear in (transformer["attn1"]["to_q"], layer["self_attn"]["q_proj"], layer["mlp"]["fc2"]):
+        kernel = linear["kernel"]
+        assert kernel.addressable_shards[0].data.size == kernel.size // 4
 
 
 @pytest.mark.parametrize(
@@ -168,6 +193,76 @@ def test_random_start_is_a_function_of_the_seed() -> None:
     )
     assert first.ema is not None
     jax.tree.map(np.testing.assert_array_equal, first.params, first.ema)
+
+
+def test_a_frozen_text_encoder_is_no_part_of_the_step() -> None:
+    """Neither argument nor constant, and not one operation of it is traced."""
+    steps = {}
+    for text_encoder in (False, True):
+        config = micro_config(global_batch_size=BATCH, text_encoder=text_encoder)
+        config.model.text_encoder.vocab_size = 61  # a shape that nothing else has
+        program = make(config)
+        assert ("text_encoder" in program.abstract_state.params) is text_encoder
+        assert ("text_encoder" in program.abstract_frozen) is not text_encoder
+        encode, step = program.lower()
+        assert jnp.issubdtype(encode.out_info[1].dtype, jnp.integer) is text_encoder
+        steps[text_encoder] = step.as_text()
+    assert "tensor<61x8xf32>" in steps[True] and "61x8" not in steps[False]
+
+
+def test_training_the_text_encoder_starts_from_the_same_loss(
+    reference: tuple[TrainState, list[dict[str, float]]],
+    trained: tuple[TrainState, list[dict[str, float]]],
+) -> None:
+    (first, second), (frozen_first, frozen_second) = trained[1], reference[1]
+    assert first["loss"] == pytest.approx(frozen_first["loss"], rel=1e-6)
+    assert first["grad_norm"] > frozen_first["grad_norm"]  # one norm over both
+    assert second["loss"] != frozen_second["loss"]
+    assert "lr_text_encoder" not in frozen_first
+
+
+def test_the_text_encoder_has_its_own_rate_and_average(
+    trained: tuple[TrainState, list[dict[str, float]]],
+) -> None:
+    state, (metrics, _) = trained
+    assert metrics["lr"] == pytest.approx(1e-3)
+    assert metrics["lr_text_encoder"] == pytest.approx(1e-4)
+    before = random_networks(make(with_text_encoder()), state.params)
+    for name, rate in (("unet", 1e-3), ("text_encoder", 1e-4)):
+        changes = [
+            np.abs(np.asarray(new) - old)
+            for new, old in zip(
+                jax.tree.leaves(state.params[name]), jax.tree.leaves(before[name]), strict=True
+            )
+        ]
+        largest = max(x.max() for x in changes)  # two updates, each of about its rate
+        assert rate < largest < 2.1 * rate
+    assert state.ema is not None and state.ema.keys() == state.params.keys()
+    average, newest = (tree["text_encoder"] for tree in (state.ema, state.params))
+    kernels = [tree["encoder"]["layers"]["0"]["mlp"]["fc1"]["kernel"] for tree in (average, newest)]
+    assert 0 < float(jnp.abs(kernels[0] - kernels[1]).max()) < 1e-4
+
+
+def test_work_counts_what_is_trained_and_looked_at() -> None:
+    config = micro_config(global_batch_size=BATCH)
+    plain = make(config).flops_per_step
+    text, latent = flops.text_flops(config.model.text_encoder), RESOLUTION // 2
+    assert make(with_text_encoder()).flops_per_step == pytest.approx(plain + BATCH * 2 * text)
+    config.diffusion = DiffusionConfig(dream=1.0, prediction_type=PredictionType.epsilon)
+    unet = flops.unet_forward_flops(config.model.unet, latent, latent)
+    assert make(config).flops_per_step == pytest.approx(plain + BATCH * unet)
+
+
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_trained_weights_are_stored_as_asked_and_frozen_ones_in_float32(text_encoder: bool) -> None:
+    config = micro_config(global_batch_size=BATCH, text_encoder=text_encoder)
+    config.model.weights_dtype = WeightsDtype.bfloat16
+    program = make(config)
+    for params, dtype in (
+        (program.abstract_state.params, jnp.bfloat16),
+        (program.abstract_frozen, jnp.float32),
+    ):
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
 
 
 def test_a_batch_that_does_not_split_is_refused() -> None:
