@@ -39,5 +39,5 @@ def adopt(config: Config, weights: ModelFiles, unet: NetworkFiles | None) -> Con
         for path in after
         if after[path] != before[path] and path != "model.from_files"
     ]
-    print(f"taken from the files: {' '.join(changes) or f'nothing but model={config.model.name}'}")
+    print(f"taken from the files: {' '.join(changes) or f'what model={config.model.name} says'}")
     return adopted

@@ -8,7 +8,7 @@ from typing import Any
 
 from sdx.config.schema import ModelConfig
 from sdx.weights.errors import WeightsError
-from sdx.weights.folder import CONFIGS, choose_weights
+from sdx.weights.folder import CONFIGS, absences, choose_weights
 from sdx.weights.model_files import NetworkFiles
 from sdx.weights.original import SINGLE_FILES, open_unet_file
 from sdx.weights.tensor_files import Tensors, open_tensors, read_json
@@ -54,11 +54,12 @@ def open_unet(source: str, model: ModelConfig) -> NetworkFiles:
         return open_unet_file(source, path, model)
     folder = path / "unet" if (path / "unet").is_dir() else path
     there = {f"unet/{file.name}" for file in folder.glob("*")} if folder.is_dir() else set()
-    weights = choose_weights(there, ["unet"], model.variant)["unet"]
-    if weights is None or "unet/config.json" not in there:
+    weights = choose_weights(there, ["unet"], model.variant)
+    faults = list(absences("unet", weights, there))
+    if faults:
         raise WeightsError(
-            f"model.unet_checkpoint={source}: no UNet there; give a folder with its config.json "
-            "and diffusion_pytorch_model.safetensors, a folder with such a unet/ in it, a UNet's "
-            ".safetensors file, or an sdx run."
+            f"model.unet_checkpoint={source}: no UNet there; give its folder, a folder with unet/ "
+            "in it, a UNet's .safetensors file, or an sdx run:",
+            faults,
         )
-    return UNetFolder(source, folder, folder / Path(weights).name)
+    return UNetFolder(source, folder, folder / Path(str(weights["unet"])).name)
