@@ -99,6 +99,12 @@ def test_steps_follow_from_epochs_unless_given(base: Config) -> None:
         resolve.max_steps(changed(base, train={"max_steps": None}), 100)
 
 
+def test_the_text_encoder_learns_as_fast_as_the_unet_unless_told(base: Config) -> None:
+    assert resolve.text_encoder_share(base) == 1
+    own = changed(base, optimizer={"text_encoder_lr": base.optimizer.lr / 4, "scale_lr": True})
+    assert resolve.text_encoder_share(own) == pytest.approx(0.25)
+
+
 def test_schedule_steps() -> None:
     cosine = quick(["lr_schedule=cosine", "lr_schedule.warmup_fraction=0.1"])
     assert resolve.decay_steps(cosine, 200) == 200

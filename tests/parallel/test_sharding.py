@@ -6,6 +6,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from sdx.config.schema import TextEncoderConfig
+from sdx.models.clip_text import CLIPTextModel
+from sdx.models.module import pure
 from sdx.parallel import sharding
 from tests.micro import micro_mesh
 
@@ -59,3 +62,36 @@ def test_batches_are_split_over_data_and_fsdp() -> None:
     mesh = micro_mesh(8, data=2, fsdp=2, tensor=2)
     assert sharding.batch_sharding(mesh).spec == P(("data", "fsdp"))
     assert sharding.batch_divisor(mesh) == 4
+
+
+def test_nearly_all_of_a_text_encoder_is_shared() -> None:
+    """SD 2.1's, which it takes no memory to describe."""
+    config = TextEncoderConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16
+    )
+    text_encoder = pure(
+        lambda rngs: CLIPTextModel(
+            config,
+            dtype=jnp.float32,
+            param_dtype=jnp.float32,
+            precision=jax.lax.Precision.DEFAULT,
+            rngs=rngs,
+        )
+    )
+    params = text_encoder.abstract()
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 340_387_840
+    mesh = micro_mesh(8, data=1, fsdp=8)
+    placed = sharding.parameter_shardings(params, mesh, sharding.TEXT_ENCODER_RULES)
+    whole = [
+        leaf.size
+        for leaf, place in zip(jax.tree.leaves(params), jax.tree.leaves(placed), strict=True)
+        if place.is_fully_replicated
+    ]
+    assert sum(whole) / 340_387_840 < 0.001
+    narrow = sharding.parameter_shardings(
+        params, micro_mesh(8, data=1, fsdp=2, tensor=4), sharding.TEXT_ENCODER_RULES
+    )["encoder"]["layers"]["22"]
+    assert narrow["self_attn"]["v_proj"]["kernel"].spec == P("fsdp", "tensor")
+    assert narrow["self_attn"]["out_proj"]["kernel"].spec == P("tensor", "fsdp")
+    assert narrow["mlp"]["fc1"]["kernel"].spec == P("fsdp", "tensor")
+    assert narrow["mlp"]["fc2"]["kernel"].spec == P("tensor", "fsdp")
