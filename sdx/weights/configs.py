@@ -5,9 +5,11 @@ is not always the schema's default. A file that asks for mathematics we do not h
 (`ONLY`), because its weights might fit and still mean something else.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import fields
 from enum import Enum
+from operator import attrgetter
 from pathlib import PurePath
 from typing import Any
 
@@ -22,7 +24,9 @@ from sdx.config.schema import (
     VAEConfig,
 )
 from sdx.weights.errors import WeightsError
+from sdx.weights.folder import COMPONENTS
 from sdx.weights.model_files import ModelFiles, NetworkFiles
+from sdx.weights.original import IN_CHANNELS
 
 # Defaults of diffusers 0.42 (UNet2DConditionModel, AutoencoderKL), transformers 5 (CLIPTextConfig).
 ABSENT: dict[str, dict[str, Any]] = {
@@ -65,6 +69,7 @@ ABSENT: dict[str, dict[str, Any]] = {
 # Keys we have no switch for, with the values that mean what we compute.
 ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
     "unet": {
+        "_class_name": ("UNet2DConditionModel",),
         "act_fn": ("silu",),
         "addition_embed_type": (None,),
         "attention_type": ("default",),
@@ -93,28 +98,51 @@ ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
         "transformer_layers_per_block": (1,),
     },
     "vae": {
+        "_class_name": ("AutoencoderKL",),
         "act_fn": ("silu",),
+        "down_block_types": ("DownEncoderBlock2D",),
         "latents_mean": (None,),
         "latents_std": (None,),
         "mid_block_add_attention": (True,),
         "shift_factor": (None,),
+        "up_block_types": ("UpDecoderBlock2D",),
         "use_post_quant_conv": (True,),
         "use_quant_conv": (True,),
     },
     "text_encoder": {"model_type": ("clip_text_model",)},
 }
+# What keys that ask for another network probably mean: (regular expression on a fault, meaning).
+MEANINGS = (
+    (r"^addition_embed_type=text", "this is a UNet of Stable Diffusion XL"),
+    (r"^(class_embed_type|num_class_embeds)=", "this is a UNet of an upscaler or of unCLIP"),
+    (r"^time_cond_proj_dim=", "this is a latent consistency model; train the one it came from"),
+    (r"^(shift_factor|use_quant_conv)=", "this is an autoencoder of Stable Diffusion 3 or Flux"),
+    (r"^model_type=clip:", "this is the whole CLIP: save its text model alone"),
+)
 UP_BLOCKS = {
     "CrossAttnDownBlock2D": "CrossAttnUpBlock2D",
     "DownBlock2D": "UpBlock2D",
 }
 # The native size of a model is a recommendation, not mathematics: another one loads.
 NOT_COMPARED = {"sample_size"}
+# What the parts of one model must agree on.
+EQUAL = (
+    ("unet.in_channels", "vae.latent_channels"),
+    ("unet.out_channels", "vae.latent_channels"),
+    ("unet.cross_attention_dim", "text_encoder.hidden_size"),
+)
+# Keys with one value for each level; all others are one value for all.
+BY_LEVEL: dict[str, set[str]] = {
+    "unet": {"attention_head_dim", "block_out_channels", "down_block_types", "up_block_types"},
+    "vae": {"block_out_channels"},
+    "text_encoder": set(),
+}
 
 
 def read_model(files: ModelFiles) -> ModelConfig:
     """The model that the files describe: the architecture of each part, and the prediction type."""
-    unet, vae = read_unet_config(files), read_vae_config(files)
-    return ModelConfig(
+    unet, vae, text_encoder = (READERS[component](files) for component in COMPONENTS)
+    model = ModelConfig(
         name=PurePath(files.source).name,
         pretrained=files.source,
         init=Init.pretrained,
@@ -122,8 +150,17 @@ def read_model(files: ModelFiles) -> ModelConfig:
         prediction_type=read_prediction_type(files),
         unet=unet,
         vae=vae,
-        text_encoder=read_text_encoder_config(files),
+        text_encoder=text_encoder,
     )
+    faults = [
+        f"{one}={here} in {files.where(one.split('.')[0])}, {other}={there} in "
+        f"{files.where(other.split('.')[0])}"
+        for one, other in EQUAL
+        if (here := attrgetter(one)(model)) != (there := attrgetter(other)(model))
+    ]
+    if faults:
+        raise WeightsError(f"{files.source}: its parts do not belong together:", faults)
+    return model
 
 
 def read_unet_config(files: NetworkFiles) -> UNetConfig:
@@ -205,23 +242,64 @@ def _prediction_types(files: NetworkFiles, model: ModelConfig) -> list[str]:
 
 
 def _read(files: NetworkFiles, component: str) -> dict[str, Any]:
-    found = ABSENT[component] | (files.config(component) or {})
+    defaults = ABSENT[component]
+    written = {
+        key: value if key in BY_LEVEL[component] else _one(value)
+        for key, value in (files.config(component) or {}).items()
+    }
+    if written.get("sample_size", 0) is None:
+        del written["sample_size"]
+    found = defaults | written
     faults = [
+        f"{key}={found[key]!r}: must look like {default!r}"
+        for key, default in defaults.items()
+        if not _looks_like(found[key], default, key)
+    ]
+    faults += [
         f"{key}={found[key]}: sdx computes only {' or '.join(map(str, allowed))}"
         for key, allowed in ONLY[component].items()
         if key in found and found[key] not in allowed
     ]
-    if component == "unet":
-        faults += [
-            f"down_block_types has {kind}: sdx builds only {' and '.join(UP_BLOCKS)}"
-            for kind in dict.fromkeys(found["down_block_types"])
-            if kind not in UP_BLOCKS
-        ]
+    if component == "unet" and not faults:
+        faults = _unet_faults(found)
     if faults:
+        hints = [text for pattern, text in MEANINGS if any(re.search(pattern, f) for f in faults)]
         raise WeightsError(
-            f"{files.where(component)}: {len(faults)} keys ask for another network:", faults
+            f"{files.where(component)}: {len(faults)} keys ask for another network:", faults, hints
         )
     return found
+
+
+def _unet_faults(found: dict[str, Any]) -> list[str]:
+    faults = [
+        f"down_block_types has {kind}: sdx builds only {' and '.join(UP_BLOCKS)}"
+        for kind in dict.fromkeys(found["down_block_types"])
+        if kind not in UP_BLOCKS
+    ]
+    levels = len(found["block_out_channels"])
+    faults += [
+        f"{key}={found[key]}: must have {levels} entries, as block_out_channels"
+        for key in ("down_block_types", "attention_head_dim")
+        if isinstance(found[key], list) and len(found[key]) != levels
+    ]
+    if (what := IN_CHANNELS.get(found["in_channels"])) is not None:
+        faults.append(f"in_channels={found['in_channels']}: {what}; sdx trains text to image")
+    return faults
+
+
+def _one(value: Any) -> Any:
+    """The one value of a list that says the same for every level, as some converters write it."""
+    is_same = isinstance(value, list) and value and value.count(value[0]) == len(value)
+    return value[0] if is_same else value
+
+
+def _looks_like(value: Any, default: Any, key: str = "") -> bool:
+    if isinstance(default, list) or (key == "attention_head_dim" and isinstance(value, list)):
+        item = default[0] if isinstance(default, list) else default
+        return isinstance(value, list) and all(_looks_like(v, item) for v in value)
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is type(default)
 
 
 def _make(kind: Any, found: dict[str, Any]) -> Any:
