@@ -8,7 +8,7 @@ Diffusion: steps_offset 1, set_alpha_to_one false, final_sigmas_type zero, skip_
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, assert_never
+from typing import Any, NamedTuple, assert_never
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Real
@@ -40,17 +40,17 @@ class SamplerError(ValueError):
 
 
 class Step(NamedTuple):
-    """What one update reads; in a plan each field has a leading dimension of updates."""
+    """What one update reads; a plan holds NumPy arrays, with a leading dimension of updates."""
 
-    timestep: Real[Array | np.ndarray, "*steps"]
-    signal: Float[Array | np.ndarray, "*steps"]
+    timestep: Real[Array, "*steps"]
+    signal: Float[Array, "*steps"]
     """s and, next, q of the level where the update starts."""
-    sigma: Float[Array | np.ndarray, "*steps"]
-    end_signal: Float[Array | np.ndarray, "*steps"]
-    end_sigma: Float[Array | np.ndarray, "*steps"]
-    weights: Float[Array | np.ndarray, "*steps k"]
+    sigma: Float[Array, "*steps"]
+    end_signal: Float[Array, "*steps"]
+    end_sigma: Float[Array, "*steps"]
+    weights: Float[Array, "*steps k"]
     """Of what an estimate is mixed from; the kind says of what."""
-    is_retry: Bool[Array | np.ndarray, "*steps"]
+    is_retry: Bool[Array, "*steps"]
     """Starts where the first update started: PNDM's second."""
 
 
@@ -141,7 +141,9 @@ def _euler(schedule: NoiseSchedule, spacing: TimestepSpacing, num_steps: int) ->
     ratios = np.append(np.interp(visited, np.arange(len(ratios)), ratios), 0)
     signal, sigma = _levels_of_ratios(ratios)
     plan = _plan(visited, (signal[:-1], sigma[:-1]), (signal[1:], sigma[1:]))
-    return plan if spacing is TimestepSpacing.leading else replace(plan, start_scale=sigma[0])
+    return (
+        plan if spacing is TimestepSpacing.leading else replace(plan, start_scale=float(sigma[0]))
+    )
 
 
 def _dpmpp_2m(schedule: NoiseSchedule, spacing: TimestepSpacing, num_steps: int) -> SamplerPlan:
@@ -181,14 +183,9 @@ def _plan(
     weights = np.zeros((num_updates, 0)) if weights is None else weights
     is_retry = np.zeros(num_updates, bool) if is_retry is None else is_retry
     whole = np.issubdtype(visited.dtype, np.integer)
-    return SamplerPlan(
-        Step(
-            visited.astype(np.int32 if whole else np.float32),
-            *(shares.astype(np.float32) for shares in (*starts, *ends)),
-            weights.astype(np.float32),
-            is_retry,
-        )
-    )
+    visited = visited.astype(np.int32 if whole else np.float32)
+    tables: list[Any] = [table.astype(np.float32) for table in (*starts, *ends, weights)]
+    return SamplerPlan(Step(*[visited, *tables, is_retry]))
 
 
 def _visited(

@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Real, UInt32
 
 from sdx.config.schema import PredictionType, SamplerKind
 from sdx.diffusion.objective import latents_and_noise
@@ -56,7 +56,7 @@ def update(
     return step.end_signal * clean + step.end_sigma * noise, memory
 
 
-def fresh_noise(keys: Keys, timestep: Int[Array, ""], shape: tuple[int, ...]) -> Latents:
+def fresh_noise(keys: Keys, timestep: Real[Array, ""], shape: tuple[int, ...]) -> Latents:
     """What DDPM adds after `timestep`: for each picture a function of its own key alone."""
 
     def draw(key: UInt32[Array, " k"]) -> Float[Array, "h w c"]:
@@ -99,7 +99,8 @@ def _from_four(
 ) -> tuple[Latents, Latents, Memory]:
     before, first = memory
     known = (prediction, *before)
-    mean = sum(weight * one for weight, one in zip(step.weights, known, strict=True))
+    first_share, *shares = (step.weights[i] * one for i, one in enumerate(known))
+    mean = sum(shares, first_share)
     start = jnp.where(step.is_retry, first, noisy)
     clean, noise = _separated(prediction_type, step, mean, start)
     kept = [jnp.where(step.is_retry, *pair) for pair in zip(before, known[:3], strict=True)]

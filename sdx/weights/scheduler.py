@@ -133,11 +133,10 @@ def read_scheduler(found: Mapping[str, Any], where: str) -> tuple[DiffusionConfi
     ]
     if faults:
         raise WeightsError(f"{where}: {len(faults)} keys ask for another sampler:", faults)
-    diffusion = DiffusionConfig(
-        **{key: known[key] for key in NUMBERS},
-        **{key: kind[known[key]] for key, kind in ENUMS.items()},
-        rescale_zero_terminal_snr=known.get("rescale_betas_zero_snr", False),
-    )
+    options: dict[str, Any] = {key: known[key] for key in NUMBERS}
+    options |= {key: kind[known[key]] for key, kind in ENUMS.items()}
+    rescale = known.get("rescale_betas_zero_snr", False)
+    diffusion = DiffusionConfig(**options, rescale_zero_terminal_snr=rescale)
     return diffusion, SAMPLER_OF_CLASS[SchedulerClass[name]]
 
 
