@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sampler=arguments.sampler,
             seed=arguments.seed,
             out=arguments.out,
+            model=arguments.model,
         )
     except DRAWING_FAULTS as error:
         print(f"sdx: {error}", file=sys.stderr)
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sdx.sample", description=__doc__)
-    parser.add_argument("source", help="run folder, folder in diffusers' layout, or Hub id")
+    parser.add_argument("source", help="run, model folder, original .safetensors file or Hub id")
     parser.add_argument("--prompt", action="append", required=True, help="may be given many times")
     parser.add_argument("--negative-prompt", help="what guidance steers away from (the run's own)")
     parser.add_argument("--num-images", type=_whole, default=1, help="pictures of each prompt (1)")
@@ -48,9 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         "--sampler", choices=list(SamplerKind.__members__), help="how it draws (the run's own)"
     )
     parser.add_argument("--seed", type=_seed, default=0, help="seed of the initial noise (0)")
-    parser.add_argument(
-        "--out", type=Path, help="folder of the pictures (RUN/samples/drawn, or samples)"
-    )
+    parser.add_argument("--out", type=Path, help="folder (RUN/samples/drawn, or samples)")
+    parser.add_argument("--model", help="what an original file is if it does not tell, e.g. sd21")
     return parser
 
 

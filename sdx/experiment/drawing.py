@@ -43,17 +43,18 @@ def draw(
     sampler: str | None,
     seed: int,
     out: Path | None,
+    model: str | None,
 ) -> Path:
     """The folder with `grid.png` and a PNG for each prompt and number; raises DRAWING_FAULTS.
 
     What is None is the run's own `sample.*`, or the schema's default for a model folder; `sampler`
-    the run's or the folder's own.
+    the run's or the folder's own. `model` is what an original file is, where it does not tell.
     """
     paths = RunPaths(Path(source).expanduser())
     is_run = paths.config.is_file()
     folder = out or (paths.samples / "drawn" if is_run else Path("samples"))
     own = from_saved(paths.config).sample if is_run else SampleConfig()
-    pipeline = load(source)
+    pipeline = load(source, model=model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -207,7 +207,7 @@ def _guess(path: Path, width: int | None, trained: str | None) -> ModelConfig:
     if names is None:
         raise WeightsError(
             f"{path}: text states of width {width} are neither 1.x's (768) nor 2.x's (1024); "
-            "name the option of conf/model that it is: model=NAME."
+            "name the option of conf/model that it is: model=NAME, or --model NAME."
         )
     if trained not in names:
         raise WeightsError(

@@ -84,7 +84,7 @@ def sd2(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return make_reference("sd2", tmp_path_factory.mktemp("sd2"))
 
 
-def make_reference(kind: str, folder: Path, levels: int = 2) -> Reference:
+def make_reference(kind: str, folder: Path, levels: int = 2, vocab_size: int = 99) -> Reference:
     with warnings.catch_warnings(action="ignore"):  # the libraries' own, at import and on saving
         diffusers: Any = import_module("diffusers")  # its stubs hide the classes it exports
         transformers: Any = import_module("transformers")
@@ -109,7 +109,7 @@ def make_reference(kind: str, folder: Path, levels: int = 2) -> Reference:
         )
         text_encoder = transformers.CLIPTextModel(
             transformers.CLIPTextConfig(
-                vocab_size=99,
+                vocab_size=vocab_size,
                 hidden_size=24,
                 intermediate_size=48,
                 num_hidden_layers=2,
