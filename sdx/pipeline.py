@@ -30,7 +30,9 @@ from sdx.models.attention import select_attention
 from sdx.models.networks import Networks, make_networks
 from sdx.parallel import sharding
 from sdx.parallel.mesh import one_device_mesh
+from sdx.record.files import read_json
 from sdx.record.paths import RunPaths
+from sdx.record.provenance import weights_commit
 from sdx.sampling.denoise import DenoiseRule, denoise, initial_latents, picture_keys
 from sdx.training.checkpoint import restore_params
 from sdx.weights.configs import check_model, read_model
@@ -292,7 +294,7 @@ def load_run(
     diffusion = replace(config.diffusion, prediction_type=resolve.prediction_type(config))
     files = open_model(
         config.model.pretrained,
-        revision=config.model.revision,
+        revision=config.model.revision or _recorded_commit(run, config.model),
         variant=config.model.variant,
         components=[name for name in LOADERS if name not in trained],
         model=config.model,
@@ -300,6 +302,10 @@ def load_run(
     side = resolve.resolution(config)
     sampler = resolve.sampler_kind(config)
     return found, _assemble(files, networks, trained, mesh, config.model, diffusion, sampler, side)
+
+
+def _recorded_commit(run: Path, model: ModelConfig) -> str | None:
+    return weights_commit(read_json(RunPaths(run).run), model.pretrained)
 
 
 def _assemble(

@@ -4,7 +4,7 @@ Whatever is wrong here refuses the start (exit code 2): devices, data, the model
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -20,9 +20,10 @@ from sdx.experiment.compilation_cache import use_compilation_cache
 from sdx.experiment.publishing import check_can_publish
 from sdx.experiment.unet_checkpoint import RunUNet, open_unet_checkpoint
 from sdx.parallel.mesh import MeshError, claim_devices, make_mesh
-from sdx.record.files import DamagedRecord
+from sdx.record.files import DamagedRecord, read_json
 from sdx.record.lock import RefusedStart
 from sdx.record.paths import RunPaths
+from sdx.record.provenance import weights_commit
 from sdx.training.program import BatchError, check_batch
 from sdx.weights.configs import check_model
 from sdx.weights.errors import WeightsError
@@ -67,7 +68,7 @@ def prepare(config: Config) -> Setup:
     check_batch(config, mesh, resolve.global_batch_size(config))
     if config.export.push_to_hub and config.export.hub_model_id is not None:
         check_can_publish(config.export.hub_model_id)  # not when the training is done
-    weights, unet = _open_weights(config.model)
+    weights, unet = _open_weights(_at_recorded_commit(config))
     if config.model.from_files:
         config = adopt(config, weights, unet)
     _check_weights(config, weights, unet)
@@ -86,6 +87,13 @@ def prepare(config: Config) -> Setup:
         max_steps=resolve.max_steps(config, len(source)),
         paths=run_paths(config),
     )
+
+
+def _at_recorded_commit(config: Config) -> ModelConfig:
+    """The model as it was when the run began: a branch on the Hub moves."""
+    model = config.model
+    commit = weights_commit(read_json(run_paths(config).run), model.pretrained)
+    return model if model.revision is not None else replace(model, revision=commit)
 
 
 def _open_weights(model: ModelConfig) -> tuple[ModelFiles, NetworkFiles | None]:

@@ -9,6 +9,7 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,12 @@ def git_commit(source: Path = _SOURCE) -> str | None:
     if _top(source) is None:
         return None
     return (_git(source, "rev-parse", "HEAD") or "").strip() or None
+
+
+def weights_commit(record: Mapping[str, Any] | None, source: str) -> str | None:
+    """The commit that the model's files had in the Hub repository `source`, by a run's record."""
+    weights = (record or {}).get("weights") or {}
+    return weights.get("commit") if weights.get("source") == source else None
 
 
 def uncommitted_changes(source: Path = _SOURCE) -> str | None:
