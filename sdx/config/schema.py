@@ -315,8 +315,8 @@ class ModelConfig:
     )
     unet_checkpoint: str | None = option(
         None,
-        "A UNet alone to start from instead: a folder with its config.json and weights, or an sdx"
-        " run.",
+        "A UNet alone to start from instead: its folder (config.json and weights), a .safetensors"
+        " file, or an sdx run.",
     )
     from_files: bool = option(
         False,

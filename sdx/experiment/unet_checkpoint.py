@@ -86,4 +86,9 @@ def open_unet_checkpoint(source: str, model: ModelConfig) -> NetworkFiles:
         raise WeightsError(
             f"model.unet_checkpoint={source}: this run has no checkpoint; give one that has."
         )
-    return RunUNet(source, paths)
+    files = RunUNet(source, paths)
+    if files.saved.train.text_encoder:
+        print(
+            f"{source}: trained its text encoder too, which is not read; run.resume_from keeps it"
+        )
+    return files

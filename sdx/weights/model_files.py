@@ -76,6 +76,11 @@ def open_model(
     if folder.is_dir():
         return open_folder(source, folder, variant=variant, components=components, say=say)
     if folder.is_file() or folder.suffix in SINGLE_FILES:
+        if revision is not None or variant is not None:
+            raise WeightsError(
+                f"{source}: a single file has no model.revision ({revision}) and no model.variant "
+                f"({variant}); leave both null."
+            )
         return open_original(source, folder, model, components=components, say=say)
     if ID.fullmatch(source):
         return open_repository(

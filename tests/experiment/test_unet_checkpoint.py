@@ -133,6 +133,17 @@ def test_a_run_gives_its_averages_where_it_keeps_them(tmp_path: Path, seed: int)
     assert_equal(load_unet(files, wanted), wanted)
 
 
+def test_a_run_that_trained_more_than_its_unet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = micro_config(text_encoder=True)
+    run = save_run(tmp_path / "run", config)
+    open_unet_checkpoint(str(run), config.model)
+    assert capsys.readouterr().out == (
+        f"{run}: trained its text encoder too, which is not read; run.resume_from keeps it\n"
+    )
+
+
 def test_a_run_must_agree(tmp_path: Path) -> None:
     config = micro_config()
     learnt = replace(config.diffusion, prediction_type=PredictionType.epsilon)

@@ -201,6 +201,12 @@ def test_files_that_cannot_be_read(tmp_path: Path, sd2: Reference) -> None:
         open_model(str(tmp_path / "gone.safetensors"), model=sd2.model)
 
 
+@pytest.mark.parametrize("option", [{"revision": "main"}, {"variant": "fp16"}])
+def test_what_a_single_file_has_not(original: Path, option: dict[str, str]) -> None:
+    with pytest.raises(WeightsError, match="a single file has no model.revision"):
+        open_model(str(original), **option)
+
+
 def stability_like(width: int) -> dict[str, Any]:
     """The few arrays by which a published model is known."""
     text = {
