@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -26,6 +27,8 @@ class Repository:
     """Files of one model, the same at every revision it has."""
 
     files: dict[str, bytes]
+    commit: str = COMMIT
+    """Of main and every other branch."""
     revisions: tuple[str, ...] = ("main", COMMIT)
     token: str | None = None
     """Who reads it must show this one."""
@@ -41,6 +44,11 @@ class Hub:
     failures: dict[str, list[int]] = field(default_factory=dict)
     """End of a path -> statuses that its first GETs are answered with."""
     port: int = 0
+
+    def environment(self, cache: Path) -> dict[str, str]:
+        """What a client needs to know."""
+        local = {"NO_PROXY": "127.0.0.1,localhost", "HF_HUB_DISABLE_XET": "1"}
+        return local | {"HF_ENDPOINT": self.url, "HF_HOME": str(cache)}
 
     @property
     def url(self) -> str:
@@ -115,16 +123,17 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(403, "GatedRepo")
         if revision not in repository.revisions:
             return self._refuse(404, "RevisionNotFound")
+        commit = revision if re.fullmatch("[0-9a-f]{40}", revision) else repository.commit
         if kind == "tree":
             return self._send(json.dumps([_entry(*file) for file in repository.files.items()]))
         if kind in ("revision", ""):
             siblings = [{"rfilename": name} for name in repository.files]
-            info = {"id": repo_id, "modelId": repo_id, "sha": COMMIT, "siblings": siblings}
+            info = {"id": repo_id, "modelId": repo_id, "sha": commit, "siblings": siblings}
             return self._send(json.dumps(info | {"private": False, "tags": [], "downloads": 0}))
         if path not in repository.files:
             return self._refuse(404, "EntryNotFound")
         content = repository.files[path]
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{_blob_id(content)}"'}
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{_blob_id(content)}"'}
         if len(content) > LARGE_BYTES:
             address = f"{self.hub.storage}/signed/{repo_id}/{path}?X-Amz-Signature={SIGNATURE}"
             headers |= {

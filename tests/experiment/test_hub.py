@@ -1,0 +1,47 @@
+"""A run whose model comes from the Hub: what it records, and that it stays with that commit."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from tests.experiment.conftest import Command
+from tests.weights.hub_server import COMMIT, Hub, Repository, serve
+
+TOKEN = "hf_" + "canary" * 6
+MODEL = "somebody/tiny"
+RUN = [
+    f"model.pretrained={MODEL}",
+    "run.name=it",
+    "data.num_examples=32",
+    "sample.every=null",
+    "export.at_end=false",
+    "metrics.sinks=[jsonl]",
+]
+
+
+def test_a_run_stays_with_the_commit_it_began_with(command: Command, repository: Path) -> None:
+    tiny = repository / "sdx" / "assets" / "tiny"
+    paths = [path for path in tiny.rglob("*") if path.is_file()]
+    files = {path.relative_to(tiny).as_posix(): path.read_bytes() for path in paths}
+    served = Repository(files, token=TOKEN)
+    with serve(Hub({MODEL: served})) as hub:
+        known = hub.environment(command.folder / "hub") | {"HF_TOKEN": TOKEN}
+        command = replace(command, environment=known)
+        code, first = command.run(*RUN, "train.max_steps=1")
+        assert code == 0, first
+        begun = json.loads(command.path("it", "run.json").read_text())["weights"]
+
+        served.commit, served.revisions = "f" * 40, ("main", COMMIT, "f" * 40)
+        hub.requests.clear()
+        code, second = command.run(*RUN, "train.max_steps=1")  # done, but looks at all it needs
+        assert code == 0, second
+        assert hub.requests
+        assert not [path for _, path in hub.requests if "main" in path or "f" * 40 in path]
+    vae = "vae/diffusion_pytorch_model.safetensors"
+    assert (begun["source"], begun["commit"]) == (MODEL, COMMIT)
+    assert begun["files"][vae] == hashlib.sha256(files[vae]).hexdigest()
+    written = [path for path in command.path("it").rglob("*") if path.is_file()]
+    assert len(written) > 5
+    assert not any(TOKEN.encode() in path.read_bytes() for path in written)
+    assert TOKEN not in first + second
