@@ -26,6 +26,30 @@ with warnings.catch_warnings(action="ignore"):
     converters: Any = import_module("diffusers.loaders.single_file_utils")
 
 NUM_UNET_ARRAYS = 686  # of 1.5 and 2.1 alike
+# Names in the published v1-5-pruned and v2-1_768-ema-pruned files, and what they are today.
+PUBLISHED = {
+    "model.diffusion_model.input_blocks.9.0.op.bias": "down_blocks.2.downsamplers.0.conv.bias",
+    "model.diffusion_model.input_blocks.4.0.skip_connection.weight": (
+        "down_blocks.1.resnets.0.conv_shortcut.weight"
+    ),
+    "model.diffusion_model.input_blocks.11.0.emb_layers.1.bias": (
+        "down_blocks.3.resnets.1.time_emb_proj.bias"
+    ),
+    "model.diffusion_model.middle_block.2.out_layers.3.bias": "mid_block.resnets.1.conv2.bias",
+    "model.diffusion_model.output_blocks.2.1.conv.bias": "up_blocks.0.upsamplers.0.conv.bias",
+    "model.diffusion_model.output_blocks.3.1.norm.bias": "up_blocks.1.attentions.0.norm.bias",
+    "model.diffusion_model.output_blocks.8.2.conv.weight": "up_blocks.2.upsamplers.0.conv.weight",
+    "model.diffusion_model.out.2.bias": "conv_out.bias",
+    "first_stage_model.decoder.up.3.upsample.conv.bias": (
+        "decoder.up_blocks.0.upsamplers.0.conv.bias"
+    ),
+    "first_stage_model.decoder.up.0.block.0.nin_shortcut.weight": (
+        "decoder.up_blocks.3.resnets.0.conv_shortcut.weight"
+    ),
+    "first_stage_model.encoder.mid.attn_1.proj_out.bias": (
+        "encoder.mid_block.attentions.0.to_out.0.bias"
+    ),
+}
 
 
 @pytest.fixture(scope="module", params=["sd15", "sd21"])
@@ -84,6 +108,13 @@ def test_every_text_array_is_reached(networks: Networks, start: str) -> None:
     for name, place in found.items():
         whole, part = open_clip[place.name].shape, today[name].shape
         assert whole == part if place.third is None else whole[0] == 3 * part[0], name
+
+
+def test_published_names(networks: Networks) -> None:
+    there = original_unet(torch_tensors(networks.unet.abstract()))
+    there |= original_vae(torch_tensors(networks.vae.abstract()))
+    found = {**places("unet", there), **places("vae", there)}
+    assert {found[today].name: today for today in PUBLISHED.values()} == PUBLISHED
 
 
 def test_the_layer_after_the_states_is_left_out() -> None:
