@@ -89,7 +89,6 @@ def test_half_precision_is_loaded_as_float32_unless_asked(pipe: Pipeline, tmp_pa
     pipe.save(tmp_path / "half", dtype="float16")
     judge = load_in_diffusers(tmp_path / "half")
     assert {judge.unet.dtype, judge.vae.dtype, judge.text_encoder.dtype} == {torch.float32}
-    assert np.isfinite(drawn_by(judge, np.ones((2, 8, 8, 4), np.float32))).all()
 
 
 @one_kind

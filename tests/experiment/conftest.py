@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,17 @@ class Command:
     """`python -m sdx.train` with the micro model, in a folder of its own."""
 
     folder: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables on top of this process's."""
 
     def start(self, *overrides: str, command: str = "train") -> subprocess.Popen[str]:
         """The running process; its output is one text."""
         arguments = [*MICRO, *overrides] if command == "train" else list(overrides)
+        inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         return subprocess.Popen(
             [sys.executable, "-m", f"sdx.{command}", *arguments],
             cwd=self.folder,
-            env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+            env=inherited | self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

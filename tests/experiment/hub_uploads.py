@@ -51,7 +51,9 @@ class HubUploads:
             "NO_PROXY": "127.0.0.1",
         }
 
-    def _handler(hub) -> type[BaseHTTPRequestHandler]:  # noqa: N805 (self is the handler below)
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        hub = self
+
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
