@@ -63,7 +63,7 @@ Switches
 Precedence: command line > debug > experiment > hardware > the other groups > defaults.
 
 Outputs go to outputs/<model>-<data>-<hash>/ (run.output_dir, run.name): checkpoints/, export/,
-samples/, metrics.jsonl, tensorboard/, config.yaml, run.json. The same command again continues there.
+samples/, metrics.jsonl, tensorboard/, config.yaml, run.json. The same command goes on there.
 
 Examples
   python -m sdx.train
