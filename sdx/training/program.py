@@ -83,9 +83,9 @@ class Program:
     def init(self, **weights: Params) -> TrainState:
         """The state before the first step; a trained network that is not given starts at random."""
         place = self.state_shardings.params
+        assert weights.keys() <= place.keys(), f"{[*weights]} given, {[*place]} trained"
         params = {
-            name: weights.get(name) or self._random(name, place[name])
-            for name in self.abstract_state.params
+            name: weights.get(name) or self._random(name, where) for name, where in place.items()
         }
         make = partial(_initial, self.rule, self.abstract_state.ema is not None)
         return jax.jit(make, out_shardings=self.state_shardings)(params)

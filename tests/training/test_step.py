@@ -227,6 +227,7 @@ def test_randomness_is_a_function_of_seed_and_step() -> None:
     key = steps.step_key(7, jnp.int32(3))
     streams = {str(jax.random.key_data(steps.stream(key, name))) for name in steps.STREAMS}
     assert len(streams) == len(steps.STREAMS)
+    assert steps.STREAMS[:3] == ("noise", "timesteps", "latents")  # or every run draws anew
 
 
 def test_draws_have_the_moments_they_should() -> None:
