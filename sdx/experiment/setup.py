@@ -105,7 +105,7 @@ def _open_weights(model: ModelConfig) -> tuple[ModelFiles, NetworkFiles | None]:
         revision=model.revision,
         variant=model.variant,
         components=[c for c in COMPONENTS if c != "unet" or (reads_unet and not is_alone)],
-        model=model,
+        model=None if model.from_files else model,
     )
     if not reads_unet:
         return weights, None

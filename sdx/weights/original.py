@@ -207,13 +207,15 @@ def _guess(path: Path, width: int | None, trained: str | None) -> ModelConfig:
     if names is None:
         raise WeightsError(
             f"{path}: text states of width {width} are neither 1.x's (768) nor 2.x's (1024); "
-            "name the option of conf/model that it is: model=NAME, or --model NAME."
+            "name the option of conf/model that it is: model=NAME or --model NAME (in training "
+            "with model.from_files=false)."
         )
     if trained not in names:
         raise WeightsError(
             f"{path}: nothing tells what its UNet outputs, neither its metadata ({METADATA_KEY}) "
             f"nor {path.with_suffix('.yaml').name} beside it; give model=sd21 if that is "
-            "v_prediction (768 pixels), model=sd21_base if it is epsilon (512 pixels)."
+            "v_prediction (768 pixels), model=sd21_base if it is epsilon (512 pixels); in training "
+            "with model.from_files=false."
         )
     return compose([f"model={names[trained]}"]).model
 

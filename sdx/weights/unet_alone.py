@@ -51,6 +51,11 @@ def open_unet(source: str, model: ModelConfig) -> NetworkFiles:
     """
     path = Path(source).expanduser()
     if path.is_file() or (path.suffix in SINGLE_FILES and not path.is_dir()):
+        if model.from_files:
+            raise WeightsError(
+                f"model.from_files=true: {source} does not tell its attention heads, nor other "
+                "numbers; choose the model= that it is, with model.from_files=false."
+            )
         return open_unet_file(source, path, model)
     folder = path / "unet" if (path / "unet").is_dir() else path
     there = {f"unet/{file.name}" for file in folder.glob("*")} if folder.is_dir() else set()

@@ -14,6 +14,7 @@ from sdx.config.identity import identity
 from sdx.config.schema import Config, HiddenAct, PredictionType
 from sdx.experiment.setup import prepare
 from sdx.weights.errors import WeightsError
+from sdx.weights.original import GUESSES
 from tests.weights.conftest import Reference, make_reference
 from tests.weights.original_layout import original_model
 
@@ -95,22 +96,25 @@ def test_what_is_adopted_must_meet_the_rules(reference: Reference, tmp_path: Pat
         prepare(configure(reference, f"model.pretrained={folder}", FROM_FILES))
 
 
-def test_an_original_file_is_adopted_by_its_shapes(reference: Reference, tmp_path: Path) -> None:
+def test_an_original_file_is_adopted_as_what_it_is(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What shapes do not tell comes from the known model of that width, not from model=."""
     parts = (reference.unet, reference.vae, reference.text_encoder)
-    tensors = original_model("sd1", *(part.state_dict() for part in parts))
     path = tmp_path / "model.safetensors"
-    save_file(tensors, path, {"modelspec.prediction_type": "epsilon"})
-    not_told = [
-        "model.unet.attention_head_dim=[2,2]",
-        "model.unet.norm_num_groups=4",
-        "model.vae.norm_num_groups=4",
-        "model.text_encoder.num_attention_heads=2",
-    ]
-    setup = prepare(configure(reference, f"model.pretrained={path}", FROM_FILES, *not_told))
-    found, folder = setup.config.model, prepare(configure(reference, FROM_FILES)).config.model
-    assert found.prediction_type is folder.prediction_type
-    assert found.unet == folder.unet and found.text_encoder == folder.text_encoder
+    save_file(original_model("sd1", *(part.state_dict() for part in parts)), path)
+    overrides = [f"model.pretrained={path}", FROM_FILES, "model.unet.attention_head_dim=[4,4]"]
+    with pytest.raises(WeightsError, match=r"width 24 are neither.*model.from_files=false"):
+        prepare(configure(reference, *overrides))
+    monkeypatch.setitem(GUESSES, 24, {None: "tiny"})
+    setup = prepare(configure(reference, *overrides))
+    assert setup.config.model.unet.attention_head_dim == [1, 2]
+    assert setup.config.model.unet.cross_attention_dim == 24
+    assert not setup.config.model.unet.use_linear_projection
     assert setup.tokenizer.pad_token_id == 49407
+    alone = f"model.unet_checkpoint={path}"
+    with pytest.raises(WeightsError, match="does not tell its attention heads"):
+        prepare(configure(reference, FROM_FILES, alone))
 
 
 def test_another_noise_schedule_is_told(
