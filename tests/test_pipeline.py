@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,12 @@ def test_every_part_is_torchs(pipe: Pipeline, reference: Reference, no_grad: Non
 def test_guided_trajectory_is_diffusers(
     pipe: Pipeline, reference: Reference, no_grad: None, kind: SamplerKind
 ) -> None:
-    """Ten guided steps from the same noise, latents and then pixels."""
-    scheduler = make_scheduler(kind, PredictionType.v_prediction, TimestepSpacing.leading)
+    """Ten guided steps from the same noise, latents and then pixels; Euler's at fractions of
+    timesteps."""
+    spacing = TimestepSpacing.linspace if kind is SamplerKind.euler else TimestepSpacing.leading
+    rule = replace(pipe.functions.rule, spacing=spacing)
+    pipe = replace(pipe, functions=replace(pipe.functions, rule=rule))
+    scheduler = make_scheduler(kind, PredictionType.v_prediction, spacing)
     start, keys = normal(2, 3, 8, 8, 4), jnp.asarray(picture_keys(0, 3))
     tokens = torch.tensor(np.concatenate([pipe.tokenize(["dull"] * 3), pipe.tokenize(PROMPTS)]))
     context = reference.text_encoder(tokens.long()).last_hidden_state

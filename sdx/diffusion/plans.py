@@ -141,9 +141,8 @@ def _euler(schedule: NoiseSchedule, spacing: TimestepSpacing, num_steps: int) ->
     ratios = np.append(np.interp(visited, np.arange(len(ratios)), ratios), 0)
     signal, sigma = _levels_of_ratios(ratios)
     plan = _plan(visited, (signal[:-1], sigma[:-1]), (signal[1:], sigma[1:]))
-    return (
-        plan if spacing is TimestepSpacing.leading else replace(plan, start_scale=float(sigma[0]))
-    )
+    start_scale = 1.0 if spacing is TimestepSpacing.leading else float(sigma[0])
+    return replace(plan, start_scale=start_scale)
 
 
 def _dpmpp_2m(schedule: NoiseSchedule, spacing: TimestepSpacing, num_steps: int) -> SamplerPlan:

@@ -58,13 +58,18 @@ def make_rule(**changes: Any) -> DenoiseRule:
 
 
 def run(
-    rule: DenoiseRule, *, num_steps: int = 4, scale: float = SCALE, rows: int = 2, **options: Any
+    rule: DenoiseRule,
+    *,
+    num_steps: int = 4,
+    scale: float = SCALE,
+    rows: int = 2,
+    place: Any = None,
+    **options: Any,
 ) -> np.ndarray:
-    latents = jnp.asarray(initial_latents(0, SHAPE)[:rows])
-    keys = jnp.asarray(picture_keys(0, rows))
-    contexts = jnp.asarray(CONTEXT[:rows]), jnp.asarray(-CONTEXT[:rows])
+    inputs = initial_latents(0, SHAPE), picture_keys(0, len(CONTEXT)), CONTEXT, -CONTEXT
+    placed = (jax.device_put(x[:rows], place) for x in inputs)
     options = {"num_steps": num_steps, "guidance_scale": scale} | options
-    return np.asarray(denoise(rule, jnp.float32(0.5), latents, keys, *contexts, **options))
+    return np.asarray(denoise(rule, jnp.float32(0.5), *placed, **options))
 
 
 def run_diffusers(scheduler: Any, num_steps: int) -> np.ndarray:
@@ -154,3 +159,12 @@ def test_ddpm_draws_for_a_picture_whatever_follows() -> None:
     draws = [np.asarray(fresh_noise(keys, jnp.int32(t), SHAPE)) for t in (901, 801)]
     distinct = [draws[0][0], draws[0][1], draws[1][0], initial_latents(0, SHAPE)[0]]
     assert all(np.abs(a - b).max() > 1 for a, b in itertools.combinations(distinct, 2))
+
+
+@pytest.mark.parametrize("kind", [SamplerKind.ddpm, SamplerKind.pndm])
+def test_pictures_split_over_devices_are_the_same(kind: SamplerKind) -> None:
+    """So are what a sampler remembers and the keys it draws with."""
+    devices = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    split = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("data"))
+    whole, parted = (run(make_rule(kind=kind), place=place) for place in (None, split))
+    np.testing.assert_allclose(parted, whole, atol=1e-5)
