@@ -1,6 +1,6 @@
 """The loss of torch's trainer and of sdx, step by step on the same draws.
 
-    python tests/parity/loss_curve.py [--steps N] [--plot FILE]
+    python -m tests.parity.loss_curve [--steps N] [--plot FILE]
 
 torch trains first, in the order of diffusers' examples/text_to_image/train_text_to_image.py, and
 writes down what it drew: latents, noise, timesteps and token ids of every step. sdx starts from the
