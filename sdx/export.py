@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             dtype=arguments.dtype,
             verifies=arguments.verify,
             hub_id=hub_id,
+            named=arguments.model,
         )
         print(f"exported: {arguments.out}", flush=True)
         if hub_id is not None:
@@ -48,7 +49,7 @@ def _fail(error: Exception, code: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sdx.export", description=__doc__)
     parser.add_argument(
-        "source", metavar="RUN", help="run folder, folder in diffusers' layout, or Hub id"
+        "source", metavar="RUN", help="run, model folder, original .safetensors file or Hub id"
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER", help="new, or an earlier export of it"
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--push-to-hub", metavar="OWNER/NAME", help="upload it; the token is that of your login"
     )
+    parser.add_argument("--model", help="what an original file is if it does not tell, e.g. sd21")
     return parser
 
 

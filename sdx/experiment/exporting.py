@@ -61,24 +61,26 @@ def export(
     dtype: str = "float32",
     verifies: bool = False,
     hub_id: str | None = None,
+    named: str | None = None,
     say: Say = print,
 ) -> None:
     """Writes a run's model, or any other that `sdx.load` takes, to `folder`; uploads nothing.
 
     `weights` None is the average where the run keeps one, `step` None its newest checkpoint. The
-    card is written for `hub_id`, if it will go there. Raises one of EXPORT_FAULTS, or NotTheSame
-    where diffusers draws another picture from it; `folder` is as it was then.
+    card is written for `hub_id`, if it will go there; `named` is the option of conf/model that an
+    original file is. Raises one of EXPORT_FAULTS, or NotTheSame where diffusers draws another
+    picture from it; `folder` is as it was then.
     """
     if verifies:
         check_can_verify(dtype)
     paths = RunPaths(Path(source).expanduser())
-    if paths.config.is_file():
+    if paths.config.is_file() and named is None:
         check_replaceable(folder, _of(paths))  # before the minutes that loading can take
         model = _load_run(paths, weights, step)
     elif weights is None and step is None:
-        pipeline = load(source)
-        name = pipeline.model.name
-        model = _Model(pipeline, name=name, of=name, source=source, trained=None)
+        name = Path(source).name
+        check_replaceable(folder, name)
+        model = _Model(load(source, model=named), name, of=name, source=source, trained=None)
     else:
         raise ExportError(f"--weights, --step: {source} is not a run of sdx; leave them out.")
     difference = _write(model, folder, dtype=dtype, hub_id=hub_id, verifies=verifies)

@@ -14,6 +14,7 @@ from sdx.weights.export import ExportError
 
 WAITS_S = (2.0, 8.0, 30.0, 60.0)  # between tries
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
+_QUERY = re.compile(r"(?<=\w)\?[^\s'\"]+")  # of an address: uploads are signed there
 
 
 class PublishError(RuntimeError):
@@ -92,6 +93,6 @@ def _reason(error: BaseException) -> str:
     from huggingface_hub import get_token
 
     lines = [str(cause).strip().split("\n")[0] or type(cause).__name__ for cause in _chain(error)]
-    text = redact(": ".join(dict.fromkeys(lines)))
+    text = _QUERY.sub("", redact(": ".join(dict.fromkeys(lines))))
     token = get_token()
     return text.replace(token, MASK) if token else text

@@ -358,9 +358,11 @@ class Attempt:
                 export_at_end(setup.paths, setup.config, pipeline, step, self.say)
         except Exception as error:
             self.log.write(traceback.format_exc())
+            again = "goes on from the last checkpoint and tries it again"
+            if not _saves(setup.config):
+                again = "trains again: checkpoints are off, nothing was saved"
             raise ExportFailed(
-                f"all {step} steps are done, but not the export ({error}); the same command goes "
-                "on from the last checkpoint and tries it again"
+                f"all {step} steps are done, but not the export ({error}); the same command {again}"
             ) from error
 
     def _note_bad_images(self, late: Iterable[BadImage] = ()) -> None:
@@ -381,12 +383,11 @@ class Attempt:
         return self.stop.requested
 
     def _interrupted(self, step: int) -> int:
-        checkpoint = self.setup.config.checkpoint
         what = f"interrupted by {self.stop.signal_name} after step {step}"
-        if checkpoint.every is None and checkpoint.every_minutes is None:
-            self.say(f"{what}; checkpoints are off, nothing was saved")
-        else:
+        if _saves(self.setup.config):
             self.say(f"{what}, saved; the same command goes on from there")
+        else:
+            self.say(f"{what}; checkpoints are off, nothing was saved")
         self.record.finish(Status.interrupted, step=step)
         return EXIT_INTERRUPTED
 
@@ -394,6 +395,10 @@ class Attempt:
         """Notes that a signal ended the process while it compiled."""
         self.say("interrupted; the same command goes on from the last checkpoint")
         self.record.finish(Status.interrupted)
+
+
+def _saves(config: Config) -> bool:
+    return config.checkpoint.every is not None or config.checkpoint.every_minutes is not None
 
 
 def _headline(setup: Setup) -> str:
