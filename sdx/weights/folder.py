@@ -57,6 +57,7 @@ OTHER_FOLDERS = (
     ("config.yaml", "this is an sdx run: give its export/ folder, or fork it with run.resume_from"),
     ("pytorch_lora_weights.*", "this is a LoRA adapter: give the model it was made for"),
     ("diffusion_pytorch_model*", "this is one network alone: use model.unet_checkpoint for a UNet"),
+    ("unet_ema", "this is a checkpoint of diffusers' trainer: model.unet_checkpoint=.../unet_ema"),
     ("transformer", "its network is a transformer (Stable Diffusion 3, Flux): sdx trains UNets"),
     ("*.safetensors", "an original single file is given by its own path"),
     ("*.ckpt", "a .ckpt is a pickle: convert it to .safetensors first"),

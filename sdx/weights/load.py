@@ -128,6 +128,6 @@ def _place(tensors: Tensors, leaf: tuple[str, ...], like: Any) -> jax.Array:
     if sharding is None:
         return jnp.asarray(array.astype(like.dtype))
     placed = jax.make_array_from_callback(
-        array.shape, sharding, lambda index: array[index].astype(like.dtype)
+        array.shape, sharding, lambda index: array[index].astype(like.dtype, copy=False)
     )
     return placed.block_until_ready()  # transfers under way would keep their arrays on the host

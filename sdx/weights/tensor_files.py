@@ -109,12 +109,12 @@ class PickleFile:
         if self._bytes_read > REOPEN_BYTES:
             self.close()
             self._tensors, self._bytes_read = self._open(), 0
-        tensor = self._tensors[name]
+        tensor = self._tensors[name].detach()
         self._bytes_read += tensor.nbytes
+        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise _not_floating(self.path, name, str(tensor.dtype))
         if tensor.dtype == torch.bfloat16:  # NumPy has no such type, JAX brings it
             return tensor.view(torch.int16).numpy().copy().view(jnp.bfloat16)
-        if not tensor.dtype.is_floating_point:
-            raise _not_floating(self.path, name, str(tensor.dtype))
         return tensor.numpy().copy()
 
     def close(self) -> None:

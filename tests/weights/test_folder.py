@@ -98,6 +98,7 @@ def test_weights_of_flax(tmp_path: Path) -> None:
         (f"{UNET}.safetensors", "model.unet_checkpoint"),
         ("v2-1_768-ema-pruned.safetensors", "given by its own path"),
         ("sd-v1-4.ckpt", "convert it"),
+        ("unet_ema", "a checkpoint of diffusers' trainer"),
         ("transformer", "Stable Diffusion 3"),
     ],
 )

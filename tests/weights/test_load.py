@@ -50,7 +50,8 @@ def test_both_dialects_load_alike(sd2: Any, folder: Path) -> None:
         tensors = {
             f"text_model.{name.removeprefix('text_model.')}": t for name, t in tensors.items()
         }
-        return tensors | {"text_model.embeddings.position_ids": np.arange(77)[None]}
+        projection = {"text_projection.weight": np.ones((8, 24), np.float32)}
+        return tensors | projection | {"text_model.embeddings.position_ids": np.arange(77)[None]}
 
     rewrite(folder / "vae/diffusion_pytorch_model.safetensors", old_vae)
     rewrite(folder / "text_encoder/model.safetensors", old_text)
@@ -82,6 +83,21 @@ def test_arrays_land_where_they_are_wanted(sd2: Any) -> None:
     )
     for value in flat(load_vae(sd2.files, abstract)).values():
         assert (value.dtype, value.sharding) == (jnp.bfloat16, sharding)
+
+
+def test_every_device_gets_its_own_part(sd2: Any) -> None:
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ["x"])
+
+    def halved(leaf: Any) -> Any:
+        spec = jax.sharding.PartitionSpec(*[None] * (len(leaf.shape) - 1), "x")
+        place = jax.sharding.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    abstract = sd2.networks.text_encoder.abstract()
+    whole = flat(load_text_encoder(sd2.files, abstract))
+    for path, value in flat(load_text_encoder(sd2.files, jax.tree.map(halved, abstract))).items():
+        assert {shard.data.shape[-1] for shard in value.addressable_shards} == {value.shape[-1] / 2}
+        np.testing.assert_array_equal(value, whole[path])
 
 
 def test_all_faults_are_told_at_once(sd2: Any, folder: Path) -> None:
