@@ -5,10 +5,11 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from sdx.config import resolve
 from sdx.config.compose import from_saved
 from sdx.config.errors import ConfigError
 from sdx.config.schema import Config
@@ -96,6 +97,8 @@ def export_at_end(paths: RunPaths, config: Config, pipeline: Pipeline, step: int
     for leftover in paths.root.glob(f".{paths.export.name}.*"):  # of an export that was killed
         shutil.rmtree(leftover)
     model = _model_of_run(paths, config, pipeline, step, is_average=config.train.ema)
+    # What lies in a run's own folder is its own, also where the folder was renamed or copied.
+    model = replace(model, of=exported(paths.export).get("of", model.of))
     hub_id = config.export.hub_model_id if config.export.push_to_hub else None
     _write(model, paths.export, hub_id=hub_id)
     say(f"exported: {paths.export}")
@@ -135,7 +138,7 @@ def _model_of_run(
 ) -> _Model:
     record, rows = read_json(paths.run) or {}, read_metrics(paths.metrics)
     is_drawn = is_average == config.train.ema  # pictures are of the average, where there is one
-    is_last = not rows or rows[-1]["step"] <= step
+    is_judged = resolve.num_adherence_prompts(config) > 0 and (not rows or rows[-1]["step"] <= step)
     grid = paths.samples / f"{step:07d}.png"
     trained = Trained(
         config=config,
@@ -144,7 +147,7 @@ def _model_of_run(
         step=step,
         is_average=is_average,
         grid=grid if is_drawn and grid.is_file() else None,
-        adherence=record.get("adherence") if is_drawn and is_last else None,
+        adherence=record.get("adherence") if is_drawn and is_judged else None,
     )
     name = paths.root.resolve().name
     return _Model(pipeline, name, _of(paths), config.model.pretrained, trained)

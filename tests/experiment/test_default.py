@@ -51,7 +51,8 @@ def test_it_takes_minutes(default_run: tuple[Path, str, float]) -> None:
 def test_everything_is_there(default_run: tuple[Path, str, float]) -> None:
     run = default_run[0]
     assert json.loads((run / "status.json").read_text())["status"] == "finished"
-    for name in ("config.yaml", "run.json", "metrics.jsonl", "loss.png", "log.txt"):
+    files = ("config.yaml", "run.json", "metrics.jsonl", "loss.png", "log.txt")
+    for name in (*files, "export/model_index.json", "export/samples.png"):
         assert (run / name).stat().st_size > 0
     assert list((run / "tensorboard").iterdir()) and list((run / "samples").glob("*.png"))
 
