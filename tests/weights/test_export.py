@@ -64,6 +64,8 @@ def test_untouched_tensors_come_back_byte_for_byte(reference: Any, tmp_path: Pat
         assert_same_tensors(reference.folder / file, tmp_path / file)
         with safe_open(tmp_path / file, "numpy") as opened:
             assert opened.metadata() == {"format": "pt"}
+        header_bytes = int.from_bytes((tmp_path / file).read_bytes()[:8], "little")
+        assert header_bytes % 8 == 0  # so that mapped tensors are aligned
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
