@@ -4,6 +4,7 @@ Which of the files of a component are its weights is decided here, from names al
 repository can be asked before anything is downloaded.
 """
 
+import fnmatch
 import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -59,7 +60,10 @@ OTHER_FOLDERS = (
     ("diffusion_pytorch_model*", "this is one network alone: use model.unet_checkpoint for a UNet"),
     ("unet_ema", "this is a checkpoint of diffusers' trainer: model.unet_checkpoint=.../unet_ema"),
     ("transformer", "its network is a transformer (Stable Diffusion 3, Flux): sdx trains UNets"),
-    ("*.safetensors", "an original single file is given by its own path"),
+    (
+        "*.safetensors",
+        "an original single file is given by its own path (from the Hub: after `hf download`)",
+    ),
     ("*.ckpt", "a .ckpt is a pickle: convert it to .safetensors first"),
 )
 SMALL_FILE_BYTES = 10 << 20
@@ -162,7 +166,8 @@ def check_weights(
     weights = choose_weights(there, components, variant)
     faults = [fault for component in weights for fault in absences(component, weights, there)]
     if faults:
-        hints = [hint for pattern, hint in OTHER_FOLDERS if any(folder.glob(pattern))]
+        top = {path.name for path in folder.glob("*")} | {name.split("/")[0] for name in there}
+        hints = [hint for pattern, hint in OTHER_FOLDERS if fnmatch.filter(top, pattern)]
         raise WeightsError(f"{source}: not a whole model in diffusers' layout:", faults, hints[:1])
     chosen = {component: str(name) for component, name in weights.items()}
     if variant is not None:

@@ -82,10 +82,16 @@ def check_tensors(files: NetworkFiles, model: ModelConfig, components: Iterable[
     Reads names and shapes only, so that a start can be refused before anything is computed.
     """
     networks = make_networks(model, attention=dot_product_attention, dtype="float32")
+    errors = []
     for component in components:
         wanted = flat(getattr(networks, component).abstract())
-        with files.tensors(component) as tensors:
-            _check(component, wanted, tensors)
+        try:
+            with files.tensors(component) as tensors:
+                _check(component, wanted, tensors)
+        except WeightsError as error:
+            errors.append(error)
+    if errors:
+        raise WeightsError("\n".join(map(str, errors)))
 
 
 def _load(files: NetworkFiles, component: str, abstract: Params) -> Params:

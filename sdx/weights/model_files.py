@@ -74,6 +74,11 @@ def open_model(
     if source != EMBEDDED:
         folder = Path(source).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise WeightsError(
+                f"model.revision={revision}: {source} is a folder here, and only a repository of "
+                "the Hub has revisions; leave it null."
+            )
         return open_folder(source, folder, variant=variant, components=components, say=say)
     if folder.is_file() or folder.suffix in SINGLE_FILES:
         if revision is not None or variant is not None:

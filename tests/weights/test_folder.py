@@ -138,6 +138,11 @@ def test_sources_that_are_nothing(source: str) -> None:
         open_model(source)
 
 
+def test_folders_have_no_revision(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"model\.revision=main: .* leave it null"):
+        open_model(str(tmp_path), revision="main")
+
+
 def test_the_embedded_model_has_no_unet() -> None:
     files = open_model("tiny", components=["vae", "text_encoder"])
     assert files.provenance() == {"source": "tiny", "commit": None, "files": {}}

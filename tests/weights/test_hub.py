@@ -207,6 +207,12 @@ def test_no_secret_in_any_message(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> 
         assert secret not in str(error.value)
 
 
+def test_a_repository_of_original_files(hub: Hub) -> None:
+    hub.repositories[MODEL].files = {"v2-1_768-ema-pruned.safetensors": b"", "README.md": b""}
+    with pytest.raises(WeightsError, match="after `hf download`"):
+        open_model(MODEL)
+
+
 def test_another_kind_of_model_is_refused_before_its_weights_come(hub: Hub) -> None:
     index = b'{"_class_name": "StableDiffusionXLPipeline"}'
     hub.repositories[MODEL].files["model_index.json"] = index

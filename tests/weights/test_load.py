@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 from sdx.models.module import flat
 from sdx.weights.configs import read_prediction_type
 from sdx.weights.errors import WeightsError
-from sdx.weights.folder import read_json
-from sdx.weights.load import load_text_encoder, load_unet, load_vae
+from sdx.weights.folder import COMPONENTS, read_json
+from sdx.weights.load import check_tensors, load_text_encoder, load_unet, load_vae
 from sdx.weights.model_files import open_model
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -117,6 +117,18 @@ def test_all_faults_are_told_at_once(sd2: Any, folder: Path) -> None:
     ]
     assert "9 input channels mean an inpainting checkpoint" in str(error.value)
     assert UNET_FILE in str(error.value)
+
+
+def test_all_components_are_looked_at(sd2: Any, folder: Path) -> None:
+    check_tensors(sd2.files, sd2.model, COMPONENTS)
+    for component in ("unet", "vae"):
+        file = folder / component / "diffusion_pytorch_model.safetensors"
+        rewrite(file, lambda tensors: {n: t for n, t in tensors.items() if n != "conv_out.bias"})
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    with pytest.raises(WeightsError) as error:
+        check_tensors(open_model(str(folder)), sd2.model, COMPONENTS)
+    assert "conv_out.bias is missing in the file" in str(error.value)
+    assert "vae/diffusion_pytorch_model.safetensors: damaged or cut short" in str(error.value)
 
 
 def test_a_long_list_of_faults_is_cut(sd2: Any, folder: Path) -> None:

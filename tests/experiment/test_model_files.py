@@ -1,7 +1,8 @@
-"""A run whose model comes from the Hub: what it records, and that it stays with that commit."""
+"""The files a run starts from: what it records of them, and when it does not start."""
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,3 +46,14 @@ def test_a_run_stays_with_the_commit_it_began_with(command: Command, repository:
     assert len(written) > 5
     assert not any(TOKEN.encode() in path.read_bytes() for path in written)
     assert TOKEN not in first + second
+
+
+def test_damaged_files_refuse_the_start(command: Command, repository: Path) -> None:
+    shutil.copytree(repository / "sdx" / "assets" / "tiny", command.folder / "model")
+    weights = command.folder / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    code, output = command.run("model.pretrained=model", "train.max_steps=1")
+    assert code == 2, output
+    assert f"{weights.relative_to(command.folder)}: damaged or cut short" in output
+    assert "Traceback" not in output
+    assert not command.path().exists()
