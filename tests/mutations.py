@@ -1,0 +1,344 @@
+"""Would the tests notice? Plants classic bugs of diffusion code one at a time and runs the tests
+that should turn red.
+
+    python -m tests.mutations [--only TEXT]
+
+Works in a temporary copy of the repository; first the copy as it is must be green. Prints the
+table that tests/README.md keeps, and ends with 1 where a bug survived. Takes a quarter of an hour.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+COPIED = ("sdx", "conf", "tests", "pyproject.toml")
+FORWARD = "tests/parity/test_forward.py"
+GRADIENTS = "tests/parity/test_training.py::test_gradients_of_every_parameter"
+PIPELINE = "tests/test_pipeline.py"
+STEP = "tests/training/test_step.py"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One bug: in `file`, `right` becomes `wrong`; any of `tests` must fail."""
+
+    bug: str
+    file: str
+    right: str
+    wrong: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = (
+    Mutation(
+        "epsilon of the transformer's GroupNorm is the ResNet's, 1e-5",
+        "sdx/models/attention.py",
+        "TRANSFORMER_NORM_EPS = 1e-6",
+        "TRANSFORMER_NORM_EPS = 1e-5",
+        (f"{FORWARD}::test_epsilons_of_norms",),
+    ),
+    Mutation(
+        "epsilon of the autoencoder's GroupNorm is the UNet's, 1e-5",
+        "sdx/models/vae.py",
+        "VAE_NORM_EPS = 1e-6",
+        "VAE_NORM_EPS = 1e-5",
+        (f"{FORWARD}::test_epsilons_of_norms",),
+    ),
+    Mutation(
+        "the UNet's GELU is the tanh approximation",
+        "sdx/models/attention.py",
+        "return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))",
+        "return jax.nn.gelu(x, approximate=True)",
+        (f"{FORWARD}::test_predictions",),
+    ),
+    Mutation(
+        "2.x's text encoder has 1.x's quick GELU",
+        "sdx/models/clip_text.py",
+        "HiddenAct.gelu: exact_gelu",
+        "HiddenAct.gelu: quick_gelu",
+        (f"{FORWARD}::test_text_states",),
+    ),
+    Mutation(
+        "text states lack the final LayerNorm",
+        "sdx/models/clip_text.py",
+        "return self.final_layer_norm(self.encoder(self.embeddings(tokens)))",
+        "return self.encoder(self.embeddings(tokens))",
+        (f"{FORWARD}::test_text_states",),
+    ),
+    Mutation(
+        "text states of the last layer, not of the one before (original 2.x files)",
+        "sdx/weights/original_names.py",
+        "UNUSED_LAYER = 23",
+        "UNUSED_LAYER = 22",
+        ("tests/weights/test_original_names.py",),
+    ),
+    Mutation(
+        "tokens see those after them",
+        "sdx/models/clip_text.py",
+        "is_causal=True",
+        "is_causal=False",
+        (f"{FORWARD}::test_text_states",),
+    ),
+    Mutation(
+        "latents are trained without 0.18215",
+        "sdx/training/step.py",
+        'sample_latents(streams("latents"), moments) * rule.scaling_factor',
+        'sample_latents(streams("latents"), moments)',
+        (f"{STEP}::test_latents_are_scaled_and_noised_as_the_target_says",),
+    ),
+    Mutation(
+        "latents are decoded without 1 / 0.18215",
+        "sdx/pipeline.py",
+        "np.asarray(jax.device_get(clean)) / self.scaling_factor",
+        "np.asarray(jax.device_get(clean))",
+        (f"{PIPELINE}::test_guided_trajectory_is_diffusers",),
+    ),
+    Mutation(
+        "pixels become tokens row by row and come back column by column",
+        "sdx/models/attention.py",
+        "y = self.transformer_blocks[0](y, context).reshape(b, h, w, c)",
+        "y = self.transformer_blocks[0](y, context).reshape(b, w, h, c).swapaxes(1, 2)",
+        (f"{FORWARD}::test_predictions",),
+    ),
+    Mutation(
+        "convolution kernels are WHIO",
+        "sdx/weights/names.py",
+        "4: (3, 2, 0, 1)",
+        "4: (3, 2, 1, 0)",
+        (f"{FORWARD}::test_predictions",),
+    ),
+    Mutation(
+        "heads are interleaved channels",
+        "sdx/models/attention.py",
+        "return x.reshape(*x.shape[:2], num_heads, -1)",
+        "return x.reshape(*x.shape[:2], -1, num_heads).swapaxes(2, 3)",
+        (f"{FORWARD}::test_predictions",),
+    ),
+    Mutation(
+        "skips are joined before what comes from below",
+        "sdx/models/unet.py",
+        "jnp.concatenate(inputs, -1)",
+        "jnp.concatenate(inputs[::-1], -1)",
+        (f"{FORWARD}::test_predictions",),
+    ),
+    Mutation(
+        "sines of the timestep before its cosines",
+        "sdx/models/layers.py",
+        "waves[::-1] if flip_sin_to_cos else waves",
+        "waves",
+        (f"{FORWARD}::test_predictions",),
+    ),
+    Mutation(
+        "the autoencoder's strided convolutions pad every side",
+        "sdx/models/vae.py",
+        "LOPSIDED = ((0, 1), (0, 1))",
+        "LOPSIDED = ((1, 1), (1, 1))",
+        (f"{FORWARD}::test_images_to_moments_and_back",),
+    ),
+    Mutation(
+        "the UNet is told the timestep after the one that was noised",
+        "sdx/training/step.py",
+        "prediction = rule.predict(params, noisy, timesteps, examples.conditioning)",
+        "prediction = rule.predict(params, noisy, timesteps + 1, examples.conditioning)",
+        (GRADIENTS,),
+    ),
+    Mutation(
+        "sampling visits 900, 800, ..., 0 (steps_offset 0)",
+        "sdx/diffusion/plans.py",
+        "STEPS_OFFSET = 1",
+        "STEPS_OFFSET = 0",
+        ("tests/diffusion/test_plans.py", f"{PIPELINE}::test_guided_trajectory_is_diffusers"),
+    ),
+    Mutation(
+        "the velocity of Salimans & Ho with its sign turned",
+        "sdx/diffusion/objective.py",
+        "return signal * noise - sigma * latents",
+        "return sigma * latents - signal * noise",
+        ("tests/diffusion/test_objective.py",),
+    ),
+    Mutation(
+        "a model that predicts velocity is trained on the noise",
+        "sdx/training/program.py",
+        "make_objective(config.diffusion, resolve.prediction_type(config))",
+        'make_objective(config.diffusion, type(resolve.prediction_type(config))["epsilon"])',
+        ("tests/parity/test_loss_curve.py::test_losses_are_torchs_step_by_step",),
+    ),
+    Mutation(
+        "betas are linear, not the squares of a line",
+        "sdx/diffusion/schedule.py",
+        "betas = _linspace(start**0.5, end**0.5, length) ** 2",
+        "betas = _linspace(start, end, length)",
+        ("tests/diffusion/test_schedule.py",),
+    ),
+    Mutation(
+        "Min-SNR of velocity is divided by the ratio, not by the ratio + 1",
+        "sdx/diffusion/objective.py",
+        "return jnp.minimum(snr, gamma) / (snr + 1)",
+        "return jnp.minimum(snr, gamma) / snr",
+        (GRADIENTS,),
+    ),
+    Mutation(
+        "noise and the draw from the posterior share a stream",
+        "sdx/training/step.py",
+        'sample_latents(streams("latents"), moments)',
+        'sample_latents(streams("noise"), moments)',
+        (GRADIENTS,),
+    ),
+    Mutation(
+        "guidance away from the prompt: both halves of the batch swapped",
+        "sdx/diffusion/guidance.py",
+        "jnp.concatenate([negative_context, context])",
+        "jnp.concatenate([context, negative_context])",
+        ("tests/diffusion/test_guidance.py",),
+    ),
+    Mutation(
+        "DPM-Solver++ leaves out its second order",
+        "sdx/diffusion/plans.py",
+        "strides[1:] / (2 * strides[:-1])",
+        "0 * strides[1:]",
+        ("tests/sampling/test_denoise.py::test_guided_trajectory_is_diffusers",),
+    ),
+    Mutation(
+        "Adam's epsilon inside the root",
+        "sdx/training/optimizer.py",
+        "(jnp.sqrt(n / correct2) + eps)",
+        "jnp.sqrt(n / correct2 + eps)",
+        ("tests/parity/test_training.py::test_five_updates",),
+    ),
+    Mutation(
+        "weight decay is part of the gradient (Adam with L2, not AdamW)",
+        "sdx/training/optimizer.py",
+        "mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)",
+        "updates = jax.tree.map(lambda g, p: g + decay * p, updates, params)\n"
+        "        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)\n"
+        "        params = jax.tree.map(jnp.zeros_like, params)",
+        ("tests/parity/test_training.py::test_five_updates",),
+    ),
+    Mutation(
+        "the first update already has the second's learning rate",
+        "sdx/training/optimizer.py",
+        "partial(change, rate(state.count))",
+        "partial(change, rate(count))",
+        ("tests/parity/test_training.py::test_five_updates",),
+    ),
+    Mutation(
+        "the average's decay is one update ahead",
+        "sdx/training/optimizer.py",
+        "jnp.minimum((1 + count) / (10 + count), cap)",
+        "jnp.minimum((2 + count) / (11 + count), cap)",
+        ("tests/training/test_optimizer.py", "tests/parity/test_training.py::test_five_updates"),
+    ),
+    Mutation(
+        "the average is not restored: it starts again from the weights",
+        "sdx/training/checkpoint.py",
+        "jax.tree.unflatten(structure, [restored[name] for name in wanted])",
+        "jax.tree.unflatten(\n"
+        '        structure, [restored[name.replace("ema/", "params/")] for name in wanted]\n'
+        "    )",
+        ("tests/training/test_checkpoint.py::test_the_state_comes_back_as_saved",),
+    ),
+    Mutation(
+        "pictures are drawn with the weights, not with their average",
+        "sdx/pipeline.py",
+        'which = which or ("ema" if config.train.ema else "params")',
+        'which = which or "params"',
+        ("tests/experiment/test_text_encoder.py::test_it_draws_with_what_it_learned",),
+    ),
+    Mutation(
+        "captions are normalised by compatibility (NFKC): ½ becomes 1/2",
+        "sdx/data/tokenizer.py",
+        "normalizers.NFC()",
+        "normalizers.NFKC()",
+        ("tests/data/test_tokenizer.py",),
+    ),
+    Mutation(
+        "an exported scheduler does not say what the UNet predicts",
+        "sdx/weights/scheduler.py",
+        '"prediction_type": prediction_type.name',
+        '"prediction_type": "epsilon"',
+        ("tests/weights/test_scheduler.py",),
+    ),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="bugs whose description has this in it")
+    chosen = [m for m in MUTATIONS if parser.parse_args().only in m.bug]
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name) / "sdx"
+        for part in COPIED:
+            _copy(REPOSITORY / part, copy / part)
+        failed, output = run(copy, dict.fromkeys(test for m in chosen for test in m.tests))
+        if failed:
+            print(f"red before anything is planted: {failed}\n{output}")
+            return 1
+        survived = 0
+        print("| planted bug | in | the test that turned red | s |\n|---|---|---|---|")
+        for mutation in chosen:
+            started = time.monotonic()
+            noticed = plant(copy, mutation)
+            survived += noticed is None
+            seconds = time.monotonic() - started
+            where = mutation.file.removeprefix("sdx/")
+            verdict = f"`{noticed}`" if noticed else "**none: it survived**"
+            print(f"| {mutation.bug} | `{where}` | {verdict} | {seconds:.0f} |", flush=True)
+    return 1 if survived else 0
+
+
+def plant(copy: Path, mutation: Mutation) -> str | None:
+    """The first test that fails with the bug in `copy`, which is as before afterwards."""
+    path = copy / mutation.file
+    source = path.read_text()
+    path.write_text(mutated(mutation, source))
+    try:
+        return run(copy, mutation.tests)[0]
+    finally:
+        path.write_text(source)
+
+
+def mutated(mutation: Mutation, source: str) -> str:
+    """`source` with the bug; raises where it has no or more than one such place."""
+    if source.count(mutation.right) != 1:
+        raise ValueError(f"{mutation.file}: holds {mutation.right!r} not exactly once")
+    return source.replace(mutation.right, mutation.wrong)
+
+
+def run(copy: Path, tests: Iterable[str]) -> tuple[str | None, str]:
+    """The first of `tests` that fails in `copy`, if any, and what pytest said.
+
+    Raises where pytest could not run them: a bug must be noticed by a test, not by Python.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", *tests],
+        cwd=copy,
+        env=os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+    return (failed or [None])[0], done.stdout
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
