@@ -25,6 +25,7 @@ from sdx.models.attention import select_attention
 from sdx.models.module import flat
 from sdx.models.networks import Networks, make_networks
 from sdx.weights.configs import check_model
+from sdx.weights.folder import COMPONENTS
 from sdx.weights.load import load_text_encoder, load_unet, load_vae
 from sdx.weights.model_files import ModelFiles, open_model
 from tests.config.quick import quick
@@ -105,7 +106,7 @@ def test_true_sizes(answers_and_folder: tuple[Answers, Path]) -> None:
     answers, folder = answers_and_folder
     config = quick(["model=sd21"])
     files = open_model(str(folder))
-    check_model(files, config.model, reads_unet=True)
+    check_model(files, config.model, COMPONENTS)
     attention = select_attention(config.attention.kind, config.hardware.platform)
     networks = make_networks(config.model, attention=attention, dtype="float32")
     for component, compute in (("unet", _unet), ("vae", _vae), ("text_encoder", _text_encoder)):
