@@ -202,7 +202,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, sd2: Reference) -> None:
 
 
 @pytest.mark.parametrize("option", [{"revision": "main"}, {"variant": "fp16"}])
-def test_what_a_single_file_has_not(original: Path, option: dict[str, str]) -> None:
+def test_what_a_single_file_has_not(original: Path, option: dict[str, Any]) -> None:
     with pytest.raises(WeightsError, match="a single file has no model.revision"):
         open_model(str(original), **option)
 
