@@ -69,6 +69,7 @@ def test_only_what_is_needed_is_downloaded(hub: Hub, sd2: Any) -> None:
     small |= {"tokenizer/vocab.json", "tokenizer/merges.txt"}
     large = {f"{stem}.safetensors" for stem in (UNET, VAE, TEXT)}
     assert hub.fetched() == small | large
+    assert {path.split("/")[4] for _, path in hub.requests if "/resolve/" in path} == {COMMIT}
     check_model(files, sd2.model, COMPONENTS)
     abstract = sd2.networks.unet.abstract()
     downloaded = flat(load_unet(files, abstract))
@@ -199,10 +200,11 @@ def test_a_busy_hub_is_asked_again(hub: Hub, monkeypatch: pytest.MonkeyPatch) ->
 def test_no_secret_in_any_message(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the user's token, nor the signature of an address that fails."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    hub.failures = {f"/signed/{MODEL}/{VAE}.safetensors": [403] * 20}
+    monkeypatch.setattr("sdx.weights.hub.WAITS_S", ())
+    hub.failures = {f"/signed/{MODEL}/{VAE}.safetensors": [503] * 20}
     with pytest.raises(WeightsError) as error:
         open_model(MODEL, components=["vae"])
-    assert "403" in str(error.value)
+    assert "503" in str(error.value)
     for secret in (TOKEN, SIGNATURE):
         assert secret not in str(error.value)
 
