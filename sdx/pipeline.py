@@ -135,6 +135,8 @@ class Pipeline:
         """
         if sampler is not None and sampler not in SamplerKind.__members__:
             raise ValueError(f"sampler={sampler}: use {', '.join(SamplerKind.__members__)}.")
+        if output not in ("images", "latents"):
+            raise ValueError(f"output={output!r}: use images or latents.")
         if not prompts:
             raise ValueError("prompts: none given; give at least one (it may be empty).")
         rule = self.functions.rule
@@ -220,6 +222,8 @@ def load(
     .safetensors file is, where the file does not tell. Raises WeightsError, ConfigError or
     NoValidCheckpoint with the reason.
     """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r}: use float32 or bfloat16.")
     path = Path(source).expanduser()
     if model is not None and path.suffix != ".safetensors":
         raise WeightsError(

@@ -145,6 +145,10 @@ def test_other_weights_draw_other_pictures_with_the_same_program(pipe: Pipeline)
 def test_what_cannot_be_drawn_is_refused(pipe: Pipeline) -> None:
     with pytest.raises(ValueError, match="sampler=heun: use ddpm, ddim, pndm, euler, dpmpp_2m"):
         pipe.sample(["fog"], sampler="heun")
+    with pytest.raises(ValueError, match="output='pixels': use images or latents"):
+        pipe.sample(PROMPTS, output="pixels")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dtype='float16': use float32 or bfloat16"):
+        sdx.load("anywhere", dtype="float16")
     with pytest.raises(ValueError, match="negative_prompts: 2 for 3 prompts; give 1 or 3"):
         pipe.sample(PROMPTS, negative_prompts=["a", "b"])
     with pytest.raises(ValueError, match="prompts: none given"):
