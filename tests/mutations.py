@@ -315,7 +315,7 @@ def mutated(mutation: Mutation, source: str) -> str:
 
 
 def run(copy: Path, tests: Iterable[str]) -> tuple[str | None, str]:
-    """The first of `tests` that fails in `copy`, if any, and what pytest said.
+    """The first of `tests` that fails in `copy`, if any, without its cases; and what pytest said.
 
     Raises where pytest could not run them: a bug must be noticed by a test, not by Python.
     """
@@ -328,7 +328,11 @@ def run(copy: Path, tests: Iterable[str]) -> tuple[str | None, str]:
     )
     if done.returncode not in (0, 1):
         raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+    failed = [
+        line.removeprefix("FAILED tests/").split(" - ")[0].split("[")[0]
+        for line in done.stdout.splitlines()
+        if line.startswith("FAILED ")
+    ]
     return (failed or [None])[0], done.stdout
 
 
