@@ -65,6 +65,7 @@ def draw(
         negative_prompts=[own.negative_prompt if negative_prompt is None else negative_prompt],
         num_steps=num_steps or own.num_steps,
         guidance_scale=own.guidance_scale if guidance_scale is None else guidance_scale,
+        guidance_rescale=own.guidance_rescale,
         sampler=sampler,
         seed=seed,
     )

@@ -72,14 +72,17 @@ def run(
     return np.asarray(denoise(rule, jnp.float32(0.5), *placed, **options))
 
 
-def run_diffusers(scheduler: Any, num_steps: int) -> np.ndarray:
-    """The same drawing with torch; DDPM is given the noise that we draw."""
+def run_diffusers(scheduler: Any, num_steps: int, *, rescale: float = 0.0) -> np.ndarray:
+    """The same drawing with torch, guided as StableDiffusionPipeline does; DDPM is given the noise
+    that we draw."""
     import torch
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
     def predict(x: Any, timestep: Any) -> Any:
         times = timestep.repeat(2).float()
         negative, positive = (toy(0.5, x, times, torch.tensor(c)) for c in (-CONTEXT, CONTEXT))
-        return negative + SCALE * (positive - negative)
+        pushed = negative + SCALE * (positive - negative)
+        return rescale_noise_cfg(pushed, positive, rescale) if rescale else pushed
 
     def draw(timestep: Any) -> Any:
         keys = jnp.asarray(picture_keys(0, 2))
@@ -108,6 +111,19 @@ def test_guided_trajectory_is_diffusers(
         return
     ours, scale = run(rule, num_steps=10), max(1.0, float(np.abs(theirs).max()))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("rescale", [0.7, 1.0])
+def test_rescaled_guidance_is_diffusers(rescale: float) -> None:
+    """Where it is for: v-prediction, from noise without any signal."""
+    v, trailing = PredictionType.v_prediction, TimestepSpacing.trailing
+    scheduler = make_scheduler(SamplerKind.ddim, v, trailing, rescale=True)
+    theirs = run_diffusers(scheduler, 10, rescale=rescale)
+    schedule = make_schedule(DiffusionConfig(rescale_zero_terminal_snr=True))
+    rule = make_rule(spacing=trailing, schedule=schedule)
+    ours = run(rule, num_steps=10, guidance_rescale=rescale)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    assert np.abs(run(rule, num_steps=10) - theirs).max() > 1e-2
 
 
 def counting(traced: list[int], **changes: Any) -> DenoiseRule:
