@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from sdx.config import resolve
 from sdx.config.errors import Problem, any_of
 from sdx.config.leaves import Leaf, leaves, spelled, value
-from sdx.config.samplers import most_steps, refusal
+from sdx.config.samplers import divides_by_zero, most_steps, refusal
 from sdx.config.schema import (
     Config,
     DataKind,
@@ -134,6 +134,10 @@ _NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "diffusion.timestep_bias.begin": (_biases_range, "diffusion.timestep_bias.strategy=range"),
     "diffusion.timestep_bias.end": (_biases_range, "diffusion.timestep_bias.strategy=range"),
     "export.hub_model_id": (lambda config: config.export.push_to_hub, "export.push_to_hub=true"),
+    "sample.guidance_rescale": (
+        lambda config: config.sample.guidance_scale != 1,
+        "sample.guidance_scale above 1",
+    ),
     "train.ema_decay": (lambda config: config.train.ema, "train.ema=true"),
     "lr_schedule.warmup_steps": (_warms_up, "lr_schedule=constant_with_warmup"),
     "lr_schedule.warmup_fraction": (_warms_up, "lr_schedule=constant_with_warmup"),
@@ -264,15 +268,21 @@ def _sampler(config: Config) -> Iterator[Problem]:
         rule = f"names sampler={kind.name}, but sampler={chosen.name} is chosen"
         yield Problem("diffusion.class_name", named.name, rule, "give one of them")
     spacing, length = diffusion.timestep_spacing, diffusion.num_train_timesteps
-    rescale = diffusion.rescale_zero_terminal_snr
-    if reason := refusal(kind, resolve.prediction_type(config), spacing, rescale=rescale):
+    rescale, num_steps = diffusion.rescale_zero_terminal_snr, config.sample.num_steps
+    learns = resolve.prediction_type(config)
+    if reason := refusal(kind, learns, spacing, rescale=rescale):
         yield Problem("sampler.kind", kind.name, reason)
-    if config.sample.num_steps > (most := most_steps(kind, spacing, length)):
+    if num_steps > (most := most_steps(kind, spacing, length)):
         rule = (
             f"at most {most} with sampler={kind.name}, diffusion.num_train_timesteps={length} and"
             f" diffusion.timestep_spacing={spacing.name}"
         )
-        yield Problem("sample.num_steps", str(config.sample.num_steps), rule)
+        yield Problem("sample.num_steps", str(num_steps), rule)
+    elif num_steps > 0 and divides_by_zero(
+        kind, learns, spacing, rescale=rescale, num_timesteps=length, num_steps=num_steps
+    ):
+        rule = f"begins at the last timestep, where sampler={kind.name} would divide by zero signal"
+        yield Problem("sample.num_steps", str(num_steps), rule, "use one step fewer")
 
 
 def _export(config: Config) -> Iterator[Problem]:

@@ -37,6 +37,25 @@ def refusal(
     return None
 
 
+def divides_by_zero(
+    kind: SamplerKind,
+    prediction_type: PredictionType,
+    spacing: TimestepSpacing,
+    *,
+    rescale: bool,
+    num_timesteps: int,
+    num_steps: int,
+) -> bool:
+    """Whether so many steps of a sampler that `refusal` allows begin where no signal is left.
+
+    Leading does, for instance with 500 or 999 steps of 1000 timesteps.
+    """
+    if not rescale or kind in _NEVER_ZERO or spacing is not TimestepSpacing.leading:
+        return False
+    first = (num_steps - 1) * (num_timesteps // num_steps) + 1
+    return prediction_type is PredictionType.epsilon and first == num_timesteps - 1
+
+
 def most_steps(kind: SamplerKind, spacing: TimestepSpacing, num_timesteps: int) -> int:
     """The most steps a sampler can take through a schedule of `num_timesteps`.
 

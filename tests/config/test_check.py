@@ -128,6 +128,16 @@ RULES = {
         " use diffusion.prediction_type=v_prediction, sampler=euler, sampler=dpmpp_2m or"
         " diffusion.timestep_spacing=leading.",
     ),
+    "noise alone, reached by so many steps": (
+        "diffusion.prediction_type=epsilon diffusion.rescale_zero_terminal_snr=true"
+        " sample.num_steps=500",
+        "sample.num_steps=500: begins at the last timestep, where sampler=ddim would divide by"
+        " zero signal; use one step fewer.",
+    ),
+    "rescaled guidance without guidance": (
+        "sample.guidance_scale=1 sample.guidance_rescale=0.7",
+        "sample.guidance_rescale=0.7: has no effect here; it needs sample.guidance_scale above 1.",
+    ),
     "resolution": (
         "model=sd21 data.resolution=500",
         "data.resolution=500: must be a multiple of 64 (VAE x UNet levels of model=sd21);"
@@ -304,6 +314,10 @@ SOUND = [
     "export.push_to_hub=true export.hub_model_id=me/it",
     "model.init=pretrained model.unet_checkpoint=unet",
     "diffusion.class_name=DDIMScheduler",
+    "diffusion.prediction_type=epsilon diffusion.rescale_zero_terminal_snr=true"
+    " sample.num_steps=499",
+    "sampler=euler diffusion.prediction_type=epsilon diffusion.rescale_zero_terminal_snr=true"
+    " sample.num_steps=500",
     PHOTOS,
 ]
 

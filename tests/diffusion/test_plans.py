@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdx.config.samplers import most_steps
+from sdx.config.samplers import divides_by_zero, most_steps, refusal
 from sdx.config.schema import DiffusionConfig, PredictionType, SamplerKind, TimestepSpacing
 from sdx.diffusion.plans import SamplerError, SamplerPlan, make_plan
 from sdx.diffusion.schedule import NoiseSchedule, make_schedule
@@ -114,3 +114,27 @@ def test_epsilon_is_not_divided_by_a_signal_of_zero() -> None:
     assert plan(SamplerKind.euler, leading, 999, **options).steps.signal[0] == 2.0**-12
     with pytest.raises(SamplerError, match="sampler=ddpm: divides by zero at the last timestep"):
         plan(SamplerKind.ddpm, TimestepSpacing.linspace, 10, **options)
+
+
+@pytest.mark.parametrize(("kind", "spacing"), list(itertools.product(SamplerKind, TimestepSpacing)))
+def test_the_configuration_tells_which_steps_divide_by_zero(
+    kind: SamplerKind, spacing: TimestepSpacing
+) -> None:
+    """Before a run, exactly those are refused that could not be drawn after it."""
+    epsilon = PredictionType.epsilon
+    for length in (2, 7, 20, 21):
+        dark = make_schedule(
+            DiffusionConfig(num_train_timesteps=length, rescale_zero_terminal_snr=True)
+        )
+        if refusal(kind, epsilon, spacing, rescale=True) is not None:
+            continue
+        for num_steps in range(1, most_steps(kind, spacing, length) + 1):
+            told = divides_by_zero(
+                kind, epsilon, spacing, rescale=True, num_timesteps=length, num_steps=num_steps
+            )
+            try:
+                plan(kind, spacing, num_steps, schedule=dark, prediction_type=epsilon)
+                met = False
+            except SamplerError as error:
+                met = "reaches the last timestep" in str(error)
+            assert told == met, (length, num_steps)
