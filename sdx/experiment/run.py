@@ -18,7 +18,7 @@ from sdx.config import resolve
 from sdx.config.compose import from_saved, to_yaml
 from sdx.config.errors import ConfigError
 from sdx.config.identity import differences
-from sdx.config.leaves import flatten
+from sdx.config.leaves import flatten, spelled, value
 from sdx.config.schema import Config, Init, OnResume, Platform, ResumePolicy
 from sdx.data.loader import make_loader
 from sdx.data.source import BadImage, DataError
@@ -64,6 +64,10 @@ from sdx.training.state import TrainState, sampling_params
 from sdx.weights.load import LOADERS
 
 FINISHED, FAILED, REFUSED = 0, 1, 2
+
+
+# Which arrays a state holds, and in which type.
+_STATE_PARTS = ("train.text_encoder", "train.ema", "model.weights_dtype")
 
 
 class FolderLost(RuntimeError):
@@ -165,6 +169,26 @@ def _check_parent(setup: Setup) -> None:
     if not there or step not in (None, *there):
         found = f"it has the steps {', '.join(map(str, there))}" if there else "no checkpoint there"
         raise RefusedStart(f"run.resume_from={text}: {found}; use RUN or RUN@STEP.")
+    _check_same_parts(setup.config, text, parent)
+
+
+def _check_same_parts(config: Config, text: str, parent: Path) -> None:
+    """Raises RefusedStart where the state of the run to fork has other parts than that of ours."""
+    try:
+        saved = from_saved(RunPaths(parent).config)
+    except ConfigError:  # no record, or one not readable today: restoring compares every array
+        return
+    pairs = {path: (value(saved, path), value(config, path)) for path in _STATE_PARTS}
+    if other := {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}:
+        faults = ", ".join(
+            f"{path} is {spelled(there)} there, {spelled(here)} here"
+            for path, (there, here) in other.items()
+        )
+        raise RefusedStart(
+            f"run.resume_from={text}: its state has other parts: {faults}; leave that as it is "
+            f"there, or start from its weights alone: model.pretrained={parent / 'export'} for all "
+            f"of them, model.unet_checkpoint={parent} for the UNet."
+        )
 
 
 def _changes(setup: Setup) -> list[Change]:
