@@ -3,6 +3,7 @@
 Arrays are NHWC and float32; images lie in [-1, 1].
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -83,7 +84,7 @@ class Pipeline:
 
     def tokenize(self, texts: Sequence[str]) -> Int32[np.ndarray, "b s"]:
         """Token ids, padded or cut to the text encoder's length."""
-        return self.tokenizer.encode(texts)
+        return self.tokenizer.encode(_listed("texts", texts))
 
     def encode_text(self, tokens: Int[Array | np.ndarray, "b s"]) -> Float[Array, "b s d"]:
         """Text states (`context`), after the final LayerNorm."""
@@ -137,15 +138,21 @@ class Pipeline:
             raise ValueError(f"sampler={sampler}: use {', '.join(SamplerKind.__members__)}.")
         if output not in ("images", "latents"):
             raise ValueError(f"output={output!r}: use images or latents.")
-        if not prompts:
+        if not _listed("prompts", prompts):
             raise ValueError("prompts: none given; give at least one (it may be empty).")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale={guidance_scale}: must be a finite number.")
+        if not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale={guidance_rescale}: must lie between 0 and 1.")
         rule = self.functions.rule
         if sampler is not None:
             rule = replace(rule, kind=SamplerKind[sampler])
-        negatives = _one_for_each(negative_prompts or [""], len(prompts))
+        negatives = _listed("negative_prompts", negative_prompts or [""])
+        negatives = _one_for_each(negatives, len(prompts))
         keys = picture_keys(seed, len(prompts))
         if latents is None:
             latents = initial_latents(seed, (len(prompts), *self.latent_shape))
+        _check_latents(np.shape(latents), (len(prompts), *self.latent_shape))
         draw = partial(
             denoise,
             rule,
@@ -388,6 +395,20 @@ def _compile(
             kind=sampler,
         ),
     )
+
+
+def _listed(name: str, texts: Sequence[str]) -> Sequence[str]:
+    """`texts`; a single one would be read letter by letter."""
+    if isinstance(texts, str):
+        raise ValueError(f"{name}: is one text, must be a list; write [{texts!r}].")
+    return texts
+
+
+def _check_latents(got: tuple[int, ...], usual: tuple[int, ...]) -> None:
+    if len(got) != 4 or (got[0], got[-1]) != (usual[0], usual[-1]):
+        raise ValueError(
+            f"latents: are {got}, must be (prompts, height, width, channels), usually {usual}."
+        )
 
 
 def _one_for_each(texts: Sequence[str], count: int) -> Sequence[str]:

@@ -157,6 +157,27 @@ def test_what_cannot_be_drawn_is_refused(pipe: Pipeline) -> None:
         pipe.sample(["fog"], num_steps=1001)
 
 
+def test_what_would_be_misread_is_refused(pipe: Pipeline) -> None:
+    """A text is a sequence of its letters, and torch's latents are of another layout."""
+    for draw in (
+        lambda: pipe.tokenize("fog"),
+        lambda: pipe.sample("fog"),
+        lambda: pipe.sample(["a", "b", "c"], negative_prompts="fog"),
+    ):
+        with pytest.raises(ValueError, match=r"is one text, must be a list; write \['fog'\]"):
+            draw()
+    for shape in ((1, 4, 8, 8), (2, 8, 8, 4), (8, 8, 4)):
+        with pytest.raises(ValueError, match=r"latents: are .*, usually \(1, 8, 8, 4\)"):
+            pipe.sample(["fog"], latents=normal(0, *shape))
+    options: dict[str, Any] = {"num_steps": 1, "output": "latents"}
+    wide = pipe.sample(["fog"], latents=normal(0, 1, 8, 16, 4), **options)
+    assert wide.shape == (1, 8, 16, 4)
+    with pytest.raises(ValueError, match="guidance_scale=nan: must be a finite number"):
+        pipe.sample(["fog"], guidance_scale=float("nan"))
+    with pytest.raises(ValueError, match="guidance_rescale=1.5: must lie between 0 and 1"):
+        pipe.sample(["fog"], guidance_rescale=1.5)
+
+
 def test_drawing_stops_when_asked(pipe: Pipeline) -> None:
     answers = iter([False, True])
     with pytest.raises(SamplingStopped):
