@@ -4,7 +4,7 @@ that should turn red.
     python -m tests.mutations [--only TEXT]
 
 Works in a temporary copy of the repository; first the copy as it is must be green. Prints the
-table that tests/README.md keeps, and ends with 1 where a bug survived. Takes a quarter of an hour.
+table that tests/README.md keeps, and ends with 1 where a bug survived. Takes half an hour.
 """
 
 import argparse
