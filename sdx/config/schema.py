@@ -332,7 +332,9 @@ class ModelConfig:
         MISSING, "What this model's UNet was trained to output."
     )
     weights_dtype: WeightsDtype = option(
-        WeightsDtype.float32, "Storage type of trained weights and optimizer state."
+        WeightsDtype.float32,
+        "Storage type of trained weights, average and optimizer state; bfloat16 loses changes below"
+        " 1/512 of a value.",
     )
     activations_dtype: ActivationsDtype = option(
         ActivationsDtype.auto, "Compute type; auto is bfloat16 on accelerators, float32 on CPU."

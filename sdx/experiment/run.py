@@ -31,7 +31,7 @@ from sdx.experiment.exporting import (
 )
 from sdx.experiment.gallery import Gallery
 from sdx.experiment.publishing import PublishError
-from sdx.experiment.setup import REFUSALS, Setup, prepare
+from sdx.experiment.setup import REFUSALS, Setup, lost_precision, prepare
 from sdx.parallel.memory import keep_freed_memory
 from sdx.parallel.stopping import EXIT_INTERRUPTED, StopFlag
 from sdx.pipeline import Params, Pipeline, make_pipeline
@@ -219,6 +219,8 @@ class Attempt:
     def run(self) -> int:
         """Everything from compiling to the last picture; returns the exit code."""
         self.say(_headline(self.setup))
+        if (warning := lost_precision(self.setup.config)) is not None:
+            self.say(warning)
         try:
             with self.stop.compiling():
                 program = self._compile()

@@ -27,7 +27,7 @@ from sdx.config.schema import (
 from sdx.diffusion.objective import latents_and_noise, make_objective
 from sdx.training import step as steps
 from sdx.training.optimizer import make_lr_schedule, make_optimizer
-from sdx.training.state import TrainState, initial_state
+from sdx.training.state import TrainState, initial_state, select
 
 pytestmark = pytest.mark.fast
 SIDE, CHANNELS, CONTEXT = 4, 4, 3
@@ -356,3 +356,14 @@ def test_weights_stored_in_bfloat16_stay_so() -> None:
     after, metrics = jitted(rule)(before, *make_batch())
     assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, before)
     assert metrics["bad"] == 0
+
+
+def test_a_change_below_a_512th_of_a_bfloat16_weight_is_lost() -> None:
+    """What a run with such weights is told of, and why float32 is the default."""
+    weights = jnp.asarray(np.linspace(1, 2, 64, endpoint=False), jnp.bfloat16)
+    lost, kept = (
+        select(jnp.bool_(True), weights.astype(jnp.float32) * (1 + share), weights)
+        for share in (0.99 / 512, 1.01 / 256)
+    )
+    np.testing.assert_array_equal(lost, weights)
+    assert bool((kept != weights).all())
