@@ -253,6 +253,12 @@ def _objective(config: Config) -> Iterator[Problem]:
         rule = f"strategy={bias.strategy.name} biases nothing with it"
         yield Problem("diffusion.timestep_bias.multiplier", "1", rule, "set it, 2 for instance")
     last = diffusion.num_train_timesteps - 1
+    if _biases_portion(config) and bias.portion == 1:
+        rule = f"strategy={bias.strategy.name} biases all timesteps alike with it"
+        yield Problem("diffusion.timestep_bias.portion", "1", rule, "use less, 0.25 for instance")
+    if _biases_range(config) and (bias.begin, bias.end) == (0, last):
+        rule = "with diffusion.timestep_bias.begin=0 all timesteps are biased alike"
+        yield Problem("diffusion.timestep_bias.end", str(last), rule, "give a part of them")
     if _biases_range(config) and bias.begin > bias.end:
         rule = f"must be at most diffusion.timestep_bias.end={bias.end}"
         yield Problem("diffusion.timestep_bias.begin", str(bias.begin), rule)

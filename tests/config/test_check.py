@@ -173,9 +173,20 @@ RULES = {
         " diffusion.timestep_bias.end=1000",
         "diffusion.timestep_bias.end=1000: at most 999, the last timestep.",
     ),
+    "a range of all timesteps": (
+        "diffusion.timestep_bias.strategy=range diffusion.timestep_bias.multiplier=2",
+        "diffusion.timestep_bias.end=999: with diffusion.timestep_bias.begin=0 all timesteps are"
+        " biased alike; give a part of them.",
+    ),
+    "all timesteps as a portion": (
+        "diffusion.timestep_bias.strategy=earlier diffusion.timestep_bias.multiplier=2"
+        " diffusion.timestep_bias.portion=1",
+        "diffusion.timestep_bias.portion=1: strategy=earlier biases all timesteps alike with it;"
+        " use less, 0.25 for instance.",
+    ),
     "the portion of a range": (
         "diffusion.timestep_bias.strategy=range diffusion.timestep_bias.multiplier=2"
-        " diffusion.timestep_bias.portion=0.5",
+        " diffusion.timestep_bias.begin=500 diffusion.timestep_bias.portion=0.5",
         "diffusion.timestep_bias.portion=0.5: has no effect here;"
         " it needs diffusion.timestep_bias.strategy=earlier or later.",
     ),
