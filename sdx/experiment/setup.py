@@ -70,7 +70,14 @@ def prepare(config: Config) -> Setup:
         check_can_publish(config.export.hub_model_id)  # not when the training is done
     weights, unet = _open_weights(_at_recorded_commit(config))
     if config.model.from_files:
-        config = adopt(config, weights, unet)
+        adopted = adopt(config, weights, unet)
+        # Without run.name the files name the run's folder; only then its record names the commit.
+        began = _at_recorded_commit(adopted).revision
+        if began not in (None, config.model.revision, weights.provenance()["commit"]):
+            at_commit = replace(config.model, revision=began)
+            weights, unet = _open_weights(at_commit)
+            adopted = adopt(config, weights, unet)
+        config = adopted
     _check_weights(config, weights, unet)
     length = config.model.text_encoder.max_position_embeddings
     tokenizer = load_tokenizer(weights.tokenizer_folder(), max_length=length)

@@ -21,10 +21,15 @@ RUN = [
 ]
 
 
-def test_a_run_stays_with_the_commit_it_began_with(command: Command, repository: Path) -> None:
+def embedded(repository: Path) -> dict[str, bytes]:
+    """The files of the model that ships with sdx."""
     tiny = repository / "sdx" / "assets" / "tiny"
     paths = [path for path in tiny.rglob("*") if path.is_file()]
-    files = {path.relative_to(tiny).as_posix(): path.read_bytes() for path in paths}
+    return {path.relative_to(tiny).as_posix(): path.read_bytes() for path in paths}
+
+
+def test_a_run_stays_with_the_commit_it_began_with(command: Command, repository: Path) -> None:
+    files = embedded(repository)
     served = Repository(files, token=TOKEN)
     with serve(Hub({MODEL: served})) as hub:
         known = hub.environment(command.folder / "hub") | {"HF_TOKEN": TOKEN}
@@ -46,6 +51,21 @@ def test_a_run_stays_with_the_commit_it_began_with(command: Command, repository:
     assert len(written) > 5
     assert not any(TOKEN.encode() in path.read_bytes() for path in written)
     assert TOKEN not in first + second
+
+
+def test_so_does_a_run_whose_files_name_its_folder(command: Command, repository: Path) -> None:
+    unnamed = [word for word in RUN if not word.startswith("run.name")]
+    unnamed += ["model.vae.scaling_factor=0.5", "model.from_files=true"]  # 1.0 in the files
+    served = Repository(embedded(repository))
+    with serve(Hub({MODEL: served})) as hub:
+        command = replace(command, environment=hub.environment(command.folder / "hub"))
+        code, first = command.run(*unnamed, "train.max_steps=1")
+        assert code == 0, first
+        served.commit, served.revisions = "f" * 40, ("main", COMMIT, "f" * 40)
+        code, second = command.run(*unnamed, "train.max_steps=2")
+        assert code == 0 and "continuing from step 1" in second, second
+    (run,) = command.path().iterdir()
+    assert json.loads((run / "run.json").read_text())["weights"]["commit"] == COMMIT
 
 
 def test_damaged_files_refuse_the_start(command: Command, repository: Path) -> None:
