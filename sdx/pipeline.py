@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Int32
 
 from sdx.config import resolve
+from sdx.config.check import check
 from sdx.config.compose import compose, from_saved
 from sdx.config.schema import (
     AttentionKind,
@@ -245,8 +246,18 @@ def load(
         check_model(files, named, COMPONENTS)
     diffusion, sampler = read_scheduler(files.config("scheduler") or {}, files.where("scheduler"))
     found = read_model(files)
+    _check_numbers(str(source), found, diffusion)
     networks, mesh = _networks(found, dtype), one_device_mesh()
     return _assemble(files, networks, {}, mesh, found, diffusion, sampler, found.resolution)
+
+
+def _check_numbers(source: str, model: ModelConfig, diffusion: DiffusionConfig) -> None:
+    """Raises a WeightsError for numbers no network can have: heads that divide nothing, say."""
+    config = replace(compose([]), model=model, diffusion=diffusion)
+    rules = check(config)
+    faults = [str(rule) for rule in rules if rule.path.startswith(("model.", "diffusion."))]
+    if faults:
+        raise WeightsError(f"{source}: {len(faults)} numbers in its configs cannot be:", faults)
 
 
 def make_pipeline(

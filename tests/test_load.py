@@ -1,5 +1,7 @@
 """`sdx.load`: where models come from, and the keywords that say which."""
 
+import json
+import shutil
 import warnings
 from dataclasses import replace
 from importlib import import_module
@@ -18,6 +20,7 @@ from sdx.config.schema import ModelConfig, SamplerKind
 from sdx.models.module import flat
 from sdx.pipeline import Pipeline
 from sdx.weights.errors import WeightsError
+from sdx.weights.folder import CONFIGS
 from tests.weights.conftest import Reference, make_reference
 from tests.weights.original_layout import original_model
 
@@ -113,3 +116,32 @@ def test_revision_and_variant_are_handed_on(
     monkeypatch.setattr("sdx.pipeline.open_model", open_model)
     assert sdx.load("owner/name", "v2", variant="fp16").model.unet == reference.model.unet
     assert asked == {"source": "owner/name", "revision": "v2", "variant": "fp16", "model": None}
+
+
+@pytest.mark.parametrize(
+    ("part", "changed"),
+    [
+        ("unet", {"attention_head_dim": 0}),
+        ("unet", {"attention_head_dim": [3, 4]}),
+        ("unet", {"norm_num_groups": 5}),
+        ("unet", {"sample_size": 0}),
+        ("vae", {"norm_num_groups": 3}),
+        ("vae", {"scaling_factor": 0}),
+        ("text_encoder", {"num_attention_heads": 7}),
+        ("scheduler", {"beta_start": 2.0}),
+        ("scheduler", {"beta_start": True}),
+        ("scheduler", {"num_train_timesteps": 1000.5}),
+        ("scheduler", {"num_train_timesteps": -1}),
+        ("scheduler", {"rescale_betas_zero_snr": "yes"}),
+        ("scheduler", {"prediction_type": ["epsilon"]}),
+        ("scheduler", {"_class_name": ["DDIMScheduler"]}),
+    ],
+)
+def test_numbers_that_no_model_has_are_refused(
+    reference: Reference, tmp_path: Path, part: str, changed: dict[str, Any]
+) -> None:
+    folder = Path(shutil.copytree(reference.folder, tmp_path / "model"))
+    path = folder / part / CONFIGS[part]
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(WeightsError, match=next(iter(changed))):
+        sdx.load(folder)

@@ -198,7 +198,7 @@ def read_text_encoder_config(files: NetworkFiles) -> TextEncoderConfig:
 def read_prediction_type(files: NetworkFiles) -> PredictionType:
     """What the UNet was trained to output, by its scheduler's config."""
     name = (files.config("scheduler") or {}).get("prediction_type", "epsilon")
-    if name not in PredictionType.__members__:
+    if name not in list(PredictionType.__members__):
         raise WeightsError(
             f"{files.where('scheduler')}: prediction_type={name} is not one of "
             f"{', '.join(PredictionType.__members__)}."

@@ -33,11 +33,11 @@ MEANINGS = (
         "text states of width 1024 mean Stable Diffusion 2.x: try model=sd21 or sd21_base",
     ),
     (
-        r"proj_(in|out)\.kernel is \(1, 1,",
+        r"proj_(in|out)\.kernel is \(1, 1, \d+, \d+\) in the file, \(\d+, \d+\)",
         "1x1 convolutions mean 1.x: set model.unet.use_linear_projection=false",
     ),
     (
-        r"proj_(in|out)\.kernel is \(\d+, \d+\)",
+        r"proj_(in|out)\.kernel is \(\d+, \d+\) in the file, \(1, 1,",
         "linear projections mean 2.x: set model.unet.use_linear_projection=true",
     ),
     (

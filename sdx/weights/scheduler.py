@@ -23,6 +23,12 @@ from sdx.weights.errors import WeightsError
 from sdx.weights.export import DIFFUSERS
 
 NUMBERS = ("num_train_timesteps", "beta_start", "beta_end")
+TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "num_train_timesteps": ((int,), "a whole number"),
+    "beta_start": ((int, float), "a number"),
+    "beta_end": ((int, float), "a number"),
+    "rescale_betas_zero_snr": ((bool,), "true or false"),
+}
 ENUMS: dict[str, type[Enum]] = {
     "beta_schedule": BetaSchedule,
     "prediction_type": PredictionType,
@@ -110,7 +116,7 @@ def read_scheduler(found: Mapping[str, Any], where: str) -> tuple[DiffusionConfi
         usual = scheduler_config(DiffusionConfig(), PredictionType.epsilon, SamplerKind.ddim)
         found = usual | dict(found)
     name = found["_class_name"]
-    if name not in ABSENT:
+    if name not in list(ABSENT):
         raise WeightsError(
             f"{where}: _class_name={name} is not one of {', '.join(ABSENT)}; write one of these, "
             "training does not depend on it."
@@ -124,12 +130,12 @@ def read_scheduler(found: Mapping[str, Any], where: str) -> tuple[DiffusionConfi
     faults += [
         f"{key}={known[key]}: sdx knows {', '.join(kind.__members__)}"
         for key, kind in ENUMS.items()
-        if known[key] not in kind.__members__
+        if known[key] not in list(kind.__members__)
     ]
     faults += [
-        f"{key}={known[key]!r}: must be a number"
-        for key in NUMBERS
-        if not isinstance(known[key], int | float)
+        f"{key}={known[key]!r}: must be {what}"
+        for key, (kinds, what) in TYPES.items()
+        if key in known and type(known[key]) not in kinds
     ]
     if faults:
         raise WeightsError(f"{where}: {len(faults)} keys ask for another sampler:", faults)
