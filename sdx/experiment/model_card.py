@@ -85,17 +85,18 @@ def _head(base: str) -> str:
 
 def _about(trained: Trained) -> str:
     config, base = trained.config, f"`{_public(trained.config.model.pretrained)}`"
-    learns, others = "a UNet", "Autoencoder and text encoder are those"
-    if config.train.text_encoder:
-        learns, others = "UNet and text encoder", "The autoencoder is that"
     start = "random weights"
     if config.model.init is Init.pretrained:
         start = f"`{_public(config.model.unet_checkpoint or config.model.pretrained)}`"
+    learns, others = f"a UNet trained from {start}", "Autoencoder and text encoder are those"
+    if config.train.text_encoder:
+        learns += f" and a text encoder trained from {base}"
+        others = "The autoencoder is that"
     kept = "averaged weights (EMA)" if trained.is_average else "weights"
     pixels = resolve.resolution(config)
     work = f"{trained.step} steps of {resolve.global_batch_size(config)} images"
     return (
-        f"Stable Diffusion in diffusers' layout: {learns} trained from {start} with sdx, the "
+        f"Stable Diffusion in diffusers' layout: {learns} with sdx, the "
         f"{kept} after {work} of {pixels} x {pixels} pixels. {others} of {base}. There is no "
         "safety checker."
     )

@@ -144,7 +144,7 @@ def test_the_card_tells_what_it_is(story: Story) -> None:
     assert described["library_name"] == "diffusers" and "base_model" not in described
     for told in (
         "# run\n",
-        "UNet and text encoder trained from random weights",
+        "a UNet trained from random weights and a text encoder trained from `tiny`",
         "averaged weights (EMA) after 4 steps of 4 images of 64 x 64 pixels",
         "transformers 5.6",
         "(samples.png)",

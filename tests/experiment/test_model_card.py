@@ -48,6 +48,18 @@ def test_base_and_licence(base: str, license: str) -> None:
         assert f"`{base}`" in card and EXAMPLE_PROMPT in card
 
 
+def test_each_network_is_told_what_it_was_trained_from() -> None:
+    known = trained(SD21)
+    model = replace(known.config.model, init=Init.random)
+    train = replace(known.config.train, text_encoder=True)
+    alone = replace(known, config=replace(known.config, model=model))
+    both = replace(alone, config=replace(alone.config, train=train))
+    card = model_card("x", "x", SD21, dtype="float32", trained=alone)
+    assert "a UNet trained from random weights with sdx" in card and "a text encoder" not in card
+    card = model_card("x", "x", SD21, dtype="float32", trained=both)
+    assert f"from random weights and a text encoder trained from `{SD21}` with sdx" in card
+
+
 def test_paths_are_cut_and_cells_kept_whole(tmp_path: Path) -> None:
     folder = tmp_path / "my-model"
     card = model_card("x", "x", "-", dtype="float16", trained=trained(str(folder)))
