@@ -94,8 +94,6 @@ def export_at_end(paths: RunPaths, config: Config, pipeline: Pipeline, step: int
 
     Raises OSError, ExportError or PublishError; what is done is noted in run.json.
     """
-    for leftover in paths.root.glob(f".{paths.export.name}.*"):  # of an export that was killed
-        shutil.rmtree(leftover)
     model = _model_of_run(paths, config, pipeline, step, is_average=config.train.ema)
     # What lies in a run's own folder is its own, also where the folder was renamed or copied.
     model = replace(model, of=exported(paths.export).get("of", model.of))

@@ -109,6 +109,8 @@ def _use(address: str, dtype: str, trained: Trained | None) -> str:
     if sample:
         settings = f", num_inference_steps={sample.num_steps}"
         settings += f", guidance_scale={sample.guidance_scale:g}"
+        if sample.guidance_rescale:
+            settings += f", guidance_rescale={sample.guidance_rescale:g}"
     return f"""\
 ## Use
 

@@ -59,15 +59,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def replace_folder(folder: Path) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `folder` at the end.
 
-    After an error `folder` is as it was.
+    After an error `folder` is as it was. What a killed process left of its own attempt is removed.
     """
-    draft, old = (
-        folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.{kind}") for kind in ("tmp", "old")
-    )
+    draft, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
+    shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         yield draft
         if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)
         os.rename(draft, folder)
     except BaseException:

@@ -63,7 +63,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         failed_status = json.loads((run / "status.json").read_text())
         assert mine.read_text() == "mine"
         mine.unlink()
-        (run / ".export.0123abcd.tmp" / "unet").mkdir(parents=True)  # as a kill leaves it
+        (run / ".export.tmp" / "unet").mkdir(parents=True)  # as a kill leaves it
         uploaded = command.run(*RUN, *UPLOAD, "train.max_steps=4")
         requests = list(hub.requests)
         shutil.rmtree(run / "export")
