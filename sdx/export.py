@@ -5,16 +5,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-FINISHED, FAILED, REFUSED = 0, 1, 2
+FINISHED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 where verification, disk or upload failed; 2 refused, nothing was written."""
     arguments = _parser().parse_args(argv)
-    # After --help: they import JAX.
-    from sdx.experiment.exporting import EXPORT_FAULTS, export
-    from sdx.experiment.publishing import PublishError, check_can_publish, publish
-    from sdx.experiment.verifying import NotTheSame
+    from sdx.experiment.exporting import EXPORT_FAILURES, EXPORT_FAULTS, export  # after --help
+    from sdx.experiment.publishing import check_can_publish, publish
 
     hub_id = arguments.push_to_hub
     try:
@@ -34,14 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hub_id is not None:
             address = publish(arguments.out, hub_id, title="Exported by sdx", say=print)
             print(f"uploaded: {address}")
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was exported", INTERRUPTED)
     except EXPORT_FAULTS as error:
         return _fail(error, REFUSED)
-    except (NotTheSame, PublishError, OSError) as error:
+    except EXPORT_FAILURES as error:
         return _fail(error, FAILED)
     return FINISHED
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: Exception | str, code: int) -> int:
     print(f"sdx: {error}", file=sys.stderr)
     return code
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, Int32
 from sdx.config import resolve
 from sdx.config.check import check
 from sdx.config.compose import compose, from_saved
+from sdx.config.folders import CONF, group_options
 from sdx.config.schema import (
     AttentionKind,
     DiffusionConfig,
@@ -42,8 +43,9 @@ from sdx.weights.errors import WeightsError
 from sdx.weights.export import SpecialTokens, save_model
 from sdx.weights.export_folder import export_folder
 from sdx.weights.folder import COMPONENTS
+from sdx.weights.hub import ID
 from sdx.weights.load import LOADERS
-from sdx.weights.model_files import ModelFiles, open_model
+from sdx.weights.model_files import EMBEDDED, ModelFiles, open_model
 from sdx.weights.scheduler import read_scheduler, scheduler_config
 
 BATCH_SIZE = 8  # prompts drawn at once, so that any number of them compiles one program
@@ -62,7 +64,7 @@ class Functions:
     rule: DenoiseRule
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Pipeline:
     """UNet, autoencoder, text encoder and tokenizer, ready to draw. Made by `sdx.load`."""
 
@@ -79,6 +81,15 @@ class Pipeline:
     tokenizer_folder: Path
     batch_size: int = BATCH_SIZE
 
+    def __repr__(self) -> str:
+        side, *_ = self.latent_shape
+        pixels = side * 2 ** (len(self.model.vae.block_out_channels) - 1)
+        rule = self.functions.rule
+        return (
+            f"Pipeline({self.model.name}: {pixels} x {pixels} pixels, {rule.prediction_type.name}, "
+            f"sampler {rule.kind.name})"
+        )
+
     def with_params(self, params: Params) -> "Pipeline":
         """This pipeline with other weights for the networks named; nothing is compiled again."""
         return replace(self, params=self.params | params)
@@ -89,18 +100,24 @@ class Pipeline:
 
     def encode_text(self, tokens: Int[Array | np.ndarray, "b s"]) -> Float[Array, "b s d"]:
         """Text states (`context`), after the final LayerNorm."""
+        length = self.model.text_encoder.max_position_embeddings
+        _check_shape("tokens", tokens, ("b", length), "pipe.tokenize makes them")
         return self.functions.encode_text(self.params["text_encoder"], self._place(tokens))
 
     def encode_images(
         self, images: Float[Array | np.ndarray, "b H W c"]
     ) -> Float[Array, "b h w m"]:
         """Moments of the latents: mean and log-variance, not scaled."""
+        _check_shape("images", images, ("b", "H", "W", self.model.vae.in_channels), "NHWC")
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images: are {images.dtype}, must be floats in [-1, 1].")
         return self.functions.encode_images(self.params["vae"], self._place(images))
 
     def decode_latents(
         self, latents: Float[Array | np.ndarray, "b h w c"]
     ) -> Float[Array, "b H W o"]:
-        """Images; `latents` are not divided by the scaling factor here."""
+        """Images, not clipped; `latents` are not divided by the scaling factor here."""
+        _check_shape("latents", latents, ("b", "h", "w", self.latent_shape[-1]), "NHWC")
         return self.functions.decode_latents(self.params["vae"], self._place(latents))
 
     def predict(
@@ -110,6 +127,10 @@ class Pipeline:
         context: Float[Array | np.ndarray, "b s d"],
     ) -> Float[Array, "b h w c"]:
         """The UNet's raw output for noisy latents."""
+        _check_shape("latents", latents, ("b", "h", "w", self.latent_shape[-1]), "NHWC")
+        _check_shape("timesteps", timesteps, (len(latents),), "one for each of the latents")
+        width = self.model.unet.cross_attention_dim
+        _check_shape("context", context, (len(latents), "s", width), "pipe.encode_text makes it")
         inputs = (self._place(x) for x in (latents, timesteps, context))
         return self.functions.predict(self.params["unet"], *inputs)
 
@@ -127,7 +148,8 @@ class Pipeline:
         output: Literal["images", "latents"] = "images",
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Float[np.ndarray, "b H W c"]:
-        """One picture for each prompt, or its latents (divided by the scaling factor).
+        """One picture for each prompt, clipped to [-1, 1], or its latents (divided by the scaling
+        factor).
 
         `negative_prompts` is one for all, or one for each; default empty. Picture i of a seed is
         the same whatever the other prompts. `sampler` is ddpm, ddim, pndm, euler or dpmpp_2m, by
@@ -174,7 +196,9 @@ class Pipeline:
             noise = self._place(np.asarray(latents)[rows])
             clean = draw(noise, self._place(keys[rows]), context, negative_context)
             clean = np.asarray(jax.device_get(clean)) / self.scaling_factor
-            drawn.append(clean if output == "latents" else np.asarray(self.decode_latents(clean)))
+            if output == "images":
+                clean = np.clip(np.asarray(self.decode_latents(clean)), -1, 1)
+            drawn.append(clean)
         return np.concatenate(drawn)[: len(prompts)].astype(np.float32)
 
     def save(self, folder: str | Path, *, dtype: str = "float32") -> None:
@@ -240,6 +264,11 @@ def load(
         )
     if (path / "config.yaml").is_file():
         return load_run(path, dtype=dtype)[1]
+    if not path.exists() and not ID.fullmatch(str(source)):
+        raise WeightsError(
+            f"{source}: no sdx run, no folder in diffusers' layout, no original .safetensors file "
+            f"and no Hub id (OWNER/NAME) of that name; {_meant(str(source))}."
+        )
     named = None if model is None else compose([f"model={model}"]).model
     files = open_model(str(source), revision=revision, variant=variant, model=named)
     if named is not None:
@@ -249,6 +278,15 @@ def load(
     _check_numbers(str(source), found, diffusion)
     networks, mesh = _networks(found, dtype), one_device_mesh()
     return _assemble(files, networks, {}, mesh, found, diffusion, sampler, found.resolution)
+
+
+def _meant(source: str) -> str:
+    """What a name that is none of a model's may stand for."""
+    if source == EMBEDDED:
+        return "the embedded model has no UNet before it is trained: give the run of it"
+    if source in group_options([CONF])["model"]:
+        return f"model={source} is {compose([f'model={source}']).model.pretrained}"
+    return "check the path"
 
 
 def _check_numbers(source: str, model: ModelConfig, diffusion: DiffusionConfig) -> None:
@@ -344,8 +382,11 @@ def _assemble(
     wanted = _abstract(networks, mesh).items()
     loaded = {name: LOADERS[name](files, like) for name, like in wanted if name not in trained}
     params = trained | loaded
-    length = model.text_encoder.max_position_embeddings
-    tokenizer = load_tokenizer(files.tokenizer_folder(), max_length=length)
+    tokenizer = load_tokenizer(
+        files.tokenizer_folder(),
+        max_length=model.text_encoder.max_position_embeddings,
+        num_embeddings=model.text_encoder.vocab_size,
+    )
     return make_pipeline(
         networks,
         params,
@@ -415,6 +456,17 @@ def _listed(name: str, texts: Sequence[str]) -> Sequence[str]:
     return texts
 
 
+def _check_shape(name: str, array: Any, wanted: tuple[str | int, ...], hint: str) -> None:
+    """Raises ValueError unless `array` has that shape; a letter stands for any size."""
+    got = getattr(array, "shape", None)
+    if got is not None and len(got) == len(wanted):
+        if all(isinstance(size, str) or size == n for size, n in zip(wanted, got, strict=True)):
+            return
+    found = f"is a {type(array).__name__}" if got is None else f"has the shape {tuple(got)}"
+    shape = ", ".join(map(str, wanted)) + "," * (len(wanted) == 1)
+    raise ValueError(f"{name}: {found}, must be an array ({shape}); {hint}.")
+
+
 def _check_latents(got: tuple[int, ...], usual: tuple[int, ...]) -> None:
     if len(got) != 4 or (got[0], got[-1]) != (usual[0], usual[-1]):
         raise ValueError(
@@ -424,5 +476,6 @@ def _check_latents(got: tuple[int, ...], usual: tuple[int, ...]) -> None:
 
 def _one_for_each(texts: Sequence[str], count: int) -> Sequence[str]:
     if len(texts) not in (1, count):
-        raise ValueError(f"negative_prompts: {len(texts)} for {count} prompts; give 1 or {count}.")
+        allowed = " or ".join(dict.fromkeys(["1", str(count)]))
+        raise ValueError(f"negative_prompts: {len(texts)} for {count} prompts; give {allowed}.")
     return texts if len(texts) == count else [texts[0]] * count

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdx.config.schema import MAX_SEED, SamplerKind
 
-FINISHED, REFUSED = 0, 2
+FINISHED, REFUSED, INTERRUPTED = 0, 2, 75
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             out=arguments.out,
             model=arguments.model,
         )
-    except DRAWING_FAULTS as error:
-        print(f"sdx: {error}", file=sys.stderr)
-        return REFUSED
+    except (KeyboardInterrupt, *DRAWING_FAULTS) as error:
+        print(f"sdx: {str(error) or 'interrupted'}", file=sys.stderr)
+        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else REFUSED
     print(f"pictures: {folder}")
     return FINISHED
 

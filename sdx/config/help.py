@@ -69,7 +69,7 @@ Examples
   python -m sdx.train
   python -m sdx.train data=imagefolder data.dir=photos model=sd21_base hardware=gpu_24gb_1
   python -m sdx.plan experiment=finetune_sd21 data.dir=photos hardware=tpu_v4_32
-  python -m sdx.train experiment=finetune_sd21 data.dir=photos hardware=tpu_v4_32"""
+  python -m sdx.train experiment=finetune_sd21 data.dir=photos hardware=gpu_a100_8"""
 
 
 def page(command: str, config_dir: Path | None = None) -> str:

@@ -61,15 +61,27 @@ class Tokenizer(Protocol):
     def encode(self, texts: Sequence[str]) -> Int32[np.ndarray, "b s"]: ...
 
 
-def load_tokenizer(folder: Path, *, max_length: int = 77) -> Tokenizer:
+def load_tokenizer(
+    folder: Path, *, max_length: int = 77, num_embeddings: int | None = None
+) -> Tokenizer:
     """The tokenizer of a diffusers-layout model's `tokenizer` folder; rows have `max_length` ids.
 
-    Raises `DataError` where the folder holds no tokenizer.
+    `num_embeddings` is what the text encoder knows: an id past it would be NaN without a word.
+    Raises `DataError` where the folder holds no tokenizer, or one with more ids than that.
     """
     config = _read_json(folder / "tokenizer_config.json")
-    if config.get("tokenizer_class", _CLIP_CLASSES[0]) not in _CLIP_CLASSES:
-        return TransformersTokenizer(folder, max_length)
-    return ClipTokenizer(folder, config, max_length)
+    tokenizer: Tokenizer
+    if config.get("tokenizer_class", _CLIP_CLASSES[0]) in _CLIP_CLASSES:
+        tokenizer = ClipTokenizer(folder, config, max_length)
+    else:
+        tokenizer = TransformersTokenizer(folder, max_length)
+    if num_embeddings is not None and tokenizer.vocab_size > num_embeddings:
+        raise DataError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, the text encoder knows only "
+            f"{num_embeddings}; they belong to different models: take the tokenizer this text "
+            "encoder was trained with."
+        )
+    return tokenizer
 
 
 class ClipTokenizer:

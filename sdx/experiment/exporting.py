@@ -16,8 +16,8 @@ from sdx.config.schema import Config
 from sdx.data.source import DataError
 from sdx.diffusion.plans import SamplerError
 from sdx.experiment.model_card import EXAMPLE_PROMPT, GRID, Trained, model_card
-from sdx.experiment.publishing import publish
-from sdx.experiment.verifying import check_can_verify, verify
+from sdx.experiment.publishing import PublishError, publish
+from sdx.experiment.verifying import NotTheSame, check_can_verify, verify
 from sdx.pipeline import Pipeline, load, load_run
 from sdx.record.files import DamagedRecord, now, read_json, write_json, write_text
 from sdx.record.metrics import read_metrics
@@ -37,6 +37,9 @@ EXPORT_FAULTS = (
     NoValidCheckpoint,
     CheckpointMismatch,
 )
+"""What is refused before anything is written."""
+EXPORT_FAILURES = (NotTheSame, PublishError, OSError)
+"""What goes wrong later: the judge, the Hub or the disk."""
 Weights = Literal["ema", "raw"]
 Say = Callable[[str], None]
 

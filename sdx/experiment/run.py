@@ -332,6 +332,7 @@ class Attempt:
             )
         trained = dict(program.abstract_state.params)
         if config.model.init is Init.random:
+            self.say(f"UNet from random weights, the rest from {config.model.pretrained}")
             del trained["unet"]
         return program.init(**self._load(trained))
 

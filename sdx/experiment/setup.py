@@ -79,8 +79,12 @@ def prepare(config: Config) -> Setup:
             adopted = adopt(config, weights, unet)
         config = adopted
     _check_weights(config, weights, unet)
-    length = config.model.text_encoder.max_position_embeddings
-    tokenizer = load_tokenizer(weights.tokenizer_folder(), max_length=length)
+    text_encoder = config.model.text_encoder
+    tokenizer = load_tokenizer(
+        weights.tokenizer_folder(),
+        max_length=text_encoder.max_position_embeddings,
+        num_embeddings=text_encoder.vocab_size,
+    )
     source = open_source(config.data, resolution=resolve.resolution(config))
     if config.train.max_samples is not None:
         source = FirstExamples(source, config.train.max_samples)

@@ -271,8 +271,8 @@ class Reporter:
         if bad_in_a_row >= self._max_bad_steps:
             raise TooManyBadSteps(
                 f"train.max_bad_steps={self._max_bad_steps}: loss or gradient was not finite in "
-                f"the steps {step - bad_in_a_row + 1} to {step}; their updates were skipped. The "
-                "last checkpoint holds good weights; try a smaller optimizer.lr, "
+                f"the steps {step - bad_in_a_row + 1} to {step}; their updates were skipped, so "
+                "that checkpoints hold good weights. Try a smaller optimizer.lr, "
                 "optimizer.max_grad_norm, or model.activations_dtype=float32."
             )
 

@@ -1,6 +1,6 @@
 """What is wrong with a folder of weights, all of it at once."""
 
-SHOWN = 12
+SHOWN = 24
 
 
 class WeightsError(ValueError):

@@ -30,8 +30,11 @@ def export_folder(folder: Path, record: Mapping[str, Any]) -> Iterator[Path]:
 
 def check_replaceable(folder: Path, of: str) -> None:
     """Raises ExportError if `folder` holds anything but an earlier export of the same thing."""
-    folder = folder.expanduser()
+    folder = folder.expanduser().absolute()
     if not folder.exists():
+        above = next(parent for parent in folder.parents if parent.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise ExportError(f"{folder}: cannot be made in {above}; use another folder.")
         return
     if not folder.is_dir():
         raise ExportError(f"{folder}: is a file; use another folder.")

@@ -124,7 +124,10 @@ def _unavailable(source: str, revision: str | None, error: Exception) -> Weights
         if re.fullmatch(pattern, source)
     ]
     if mirrors:
-        fix = f"it was deleted there; the same files are at {' and '.join(mirrors)}"
+        return WeightsError(
+            f"model.pretrained={source}: was deleted from the Hub; the same files are at "
+            f"{' and '.join(mirrors)}, give that ({_reason(error)})."
+        )
     wanted = source if revision is None else f"{source} (model.revision={revision})"
     return WeightsError(
         f"model.pretrained={wanted}: no folder of that name here, and it could not be had from the "

@@ -50,13 +50,17 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def vae(config: Config, folder: Path) -> Params:
-    return load_vae(open_model(str(folder)), make_vae(config.model.vae).abstract())
+    return load_vae(
+        open_model(str(folder), components=["vae"]), make_vae(config.model.vae).abstract()
+    )
 
 
 @pytest.fixture(scope="module")
 def text_encoder(config: Config, folder: Path) -> Params:
     network = make_text_encoder(config.model.text_encoder)
-    return load_text_encoder(open_model(str(folder)), network.abstract())
+    return load_text_encoder(
+        open_model(str(folder), components=["text_encoder"]), network.abstract()
+    )
 
 
 def held_out_pictures(num_images: int) -> tuple[np.ndarray, list[str]]:

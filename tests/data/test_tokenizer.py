@@ -246,6 +246,14 @@ def test_no_texts_are_no_rows(plain: Path):
 
 
 @pytest.mark.fast
+def test_more_ids_than_the_text_encoder_knows_are_refused(plain: Path):
+    size = load_tokenizer(plain).vocab_size
+    assert load_tokenizer(plain, num_embeddings=size).vocab_size == size
+    with pytest.raises(DataError, match=f"has {size} ids, the text encoder knows only {size - 1}"):
+        load_tokenizer(plain, num_embeddings=size - 1)
+
+
+@pytest.mark.fast
 def test_a_copy_in_another_process_gives_the_same_ids(plain: Path):
     tokenizer = load_tokenizer(plain)
     copy = pickle.loads(pickle.dumps(tokenizer))

@@ -163,7 +163,7 @@ def test_a_revision(hub: Hub) -> None:
     ],
 )
 def test_deleted_repositories_name_their_mirrors(hub: Hub, deleted: str, mirror: str) -> None:
-    with pytest.raises(WeightsError, match=f"it was deleted there; .* {mirror}"):
+    with pytest.raises(WeightsError, match=f"was deleted from the Hub; .* {mirror}"):
         open_model(deleted)
 
 
