@@ -31,6 +31,24 @@ def repository() -> Path:
     return REPOSITORY
 
 
+CACHE_SETTINGS = [
+    "jax_enable_compilation_cache",
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+]
+
+
+@pytest.fixture(autouse=True)
+def keep_compilation_cache() -> Iterator[None]:
+    """A run that a test starts in this process sets the cache of the process; it is set back."""
+    before = {name: jax.config.values[name] for name in CACHE_SETTINGS}
+    yield
+    for name, value in before.items():
+        if jax.config.values[name] != value:
+            jax.config.update(name, value)
+
+
 def require(found: bool, what: str) -> None:
     """Skips the test where `what` is missing; fails it where CI promised that nothing is."""
     if not found and os.environ.get("SDX_REQUIRE_ALL") == "1":
