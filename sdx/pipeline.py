@@ -4,6 +4,7 @@ Arrays are NHWC and float32; images lie in [-1, 1].
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ from sdx.config.check import check
 from sdx.config.compose import compose, from_saved
 from sdx.config.folders import CONF, group_options
 from sdx.config.schema import (
+    HUB_ID,
     AttentionKind,
     DiffusionConfig,
     ModelConfig,
@@ -43,7 +45,6 @@ from sdx.weights.errors import WeightsError
 from sdx.weights.export import SpecialTokens, save_model
 from sdx.weights.export_folder import export_folder
 from sdx.weights.folder import COMPONENTS
-from sdx.weights.hub import ID
 from sdx.weights.load import LOADERS
 from sdx.weights.model_files import EMBEDDED, ModelFiles, open_model
 from sdx.weights.scheduler import read_scheduler, scheduler_config
@@ -83,7 +84,7 @@ class Pipeline:
 
     def __repr__(self) -> str:
         side, *_ = self.latent_shape
-        pixels = side * 2 ** (len(self.model.vae.block_out_channels) - 1)
+        pixels = side * self.model.vae.factor
         rule = self.functions.rule
         return (
             f"Pipeline({self.model.name}: {pixels} x {pixels} pixels, {rule.prediction_type.name}, "
@@ -157,16 +158,9 @@ class Pipeline:
         Raises SamplerError for what the sampler cannot do, SamplingStopped soon after `should_stop`
         says so.
         """
-        if sampler is not None and sampler not in SamplerKind.__members__:
-            raise ValueError(f"sampler={sampler}: use {', '.join(SamplerKind.__members__)}.")
-        if output not in ("images", "latents"):
-            raise ValueError(f"output={output!r}: use images or latents.")
         if not _listed("prompts", prompts):
             raise ValueError("prompts: none given; give at least one (it may be empty).")
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale={guidance_scale}: must be a finite number.")
-        if not 0 <= guidance_rescale <= 1:
-            raise ValueError(f"guidance_rescale={guidance_rescale}: must lie between 0 and 1.")
+        _check_choices(sampler, output, guidance_scale, guidance_rescale)
         rule = self.functions.rule
         if sampler is not None:
             rule = replace(rule, kind=SamplerKind[sampler])
@@ -216,7 +210,7 @@ class Pipeline:
         side, *_ = self.latent_shape
         drawn = replace(
             self.model,
-            resolution=side * 2 ** (len(self.model.vae.block_out_channels) - 1),
+            resolution=side * self.model.vae.factor,
             unet=replace(self.model.unet, sample_size=side),
         )
         bos, eos = self.tokenizer.encode([""])[0, :2].tolist()
@@ -264,7 +258,7 @@ def load(
         )
     if (path / "config.yaml").is_file():
         return load_run(path, dtype=dtype)[1]
-    if not path.exists() and not ID.fullmatch(str(source)):
+    if not path.exists() and not re.fullmatch(HUB_ID, str(source)):
         raise WeightsError(
             f"{source}: no sdx run, no folder in diffusers' layout, no original .safetensors file "
             f"and no Hub id (OWNER/NAME) of that name; {_meant(str(source))}."
@@ -313,7 +307,7 @@ def make_pipeline(
 ) -> Pipeline:
     """A pipeline of parts that are there already, as in training; `resolution` in pixels."""
     functions = _compile(networks, mesh, model, diffusion, sampler)
-    side = resolution // 2 ** (len(model.vae.block_out_channels) - 1)
+    side = resolution // model.vae.factor
     return Pipeline(
         params=params,
         functions=functions,
@@ -465,6 +459,19 @@ def _check_shape(name: str, array: Any, wanted: tuple[str | int, ...], hint: str
     found = f"is a {type(array).__name__}" if got is None else f"has the shape {tuple(got)}"
     shape = ", ".join(map(str, wanted)) + "," * (len(wanted) == 1)
     raise ValueError(f"{name}: {found}, must be an array ({shape}); {hint}.")
+
+
+def _check_choices(
+    sampler: str | None, output: str, guidance_scale: float, guidance_rescale: float
+) -> None:
+    if sampler is not None and sampler not in SamplerKind.__members__:
+        raise ValueError(f"sampler={sampler}: use {', '.join(SamplerKind.__members__)}.")
+    if output not in ("images", "latents"):
+        raise ValueError(f"output={output!r}: use images or latents.")
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale={guidance_scale}: must be a finite number.")
+    if not 0 <= guidance_rescale <= 1:
+        raise ValueError(f"guidance_rescale={guidance_rescale}: must lie between 0 and 1.")
 
 
 def _check_latents(got: tuple[int, ...], usual: tuple[int, ...]) -> None:

@@ -14,6 +14,7 @@ from sdx.config.errors import Problem, any_of
 from sdx.config.leaves import Leaf, leaves, spelled, value
 from sdx.config.samplers import divides_by_zero, most_steps, refusal
 from sdx.config.schema import (
+    HUB_ID,
     Config,
     DataKind,
     DownBlock,
@@ -299,7 +300,7 @@ def _export(config: Config) -> Iterator[Problem]:
         fix = "export.push_to_hub=true needs export.hub_model_id=OWNER/NAME"
         yield Problem("export.hub_model_id", None, "missing", fix)
     name = export.hub_model_id
-    if name is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if name is not None and not re.fullmatch(HUB_ID, name):
         yield Problem("export.hub_model_id", name, "must be OWNER/NAME")
 
 

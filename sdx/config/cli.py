@@ -124,7 +124,7 @@ def _expanded(arguments: Arguments) -> tuple[list[list[str]], list[Problem]]:
 
 def _with_own_folders(jobs: list[_Job]) -> list[_Job]:
     """Jobs whose run folders differ: a given name becomes a prefix, keys outside the identity a
-    suffix. They export nothing at their end unless that is typed.
+    suffix. They export nothing at their end unless that, or an upload, is typed.
     """
     from sdx.config.identity import folder_names
 
@@ -143,8 +143,10 @@ def _with_own_folders(jobs: list[_Job]) -> list[_Job]:
 
 
 def _exports(job: _Job) -> bool:
-    typed = any(text.lstrip("+").startswith("export.") for text in job.overrides)
-    return typed and job.config.export.at_end
+    typed = {text.lstrip("+").partition("=")[0] for text in job.overrides}
+    export = job.config.export
+    uploads = "export.push_to_hub" in typed and export.push_to_hub
+    return export.at_end and ("export.at_end" in typed or uploads)
 
 
 def _sweep(command: str, arguments: Arguments, jobs: list[_Job], body: Body) -> int:

@@ -60,7 +60,7 @@ def activations_dtype(config: Config) -> str:
 
 def vae_factor(config: Config) -> int:
     """Pixels on one side of a latent."""
-    return 2 ** (len(config.model.vae.block_out_channels) - 1)
+    return config.model.vae.factor
 
 
 def unet_factor(config: Config) -> int:

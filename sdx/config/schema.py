@@ -18,6 +18,7 @@ from omegaconf import MISSING
 SCHEMA_VERSION = 1
 MAX_COUNT = 2**31 - 1  # steps are counted in int32
 MAX_BATCH = 2**20  # examples; larger is a slip of the finger
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*"  # OWNER/NAME, as a regular expression
 MAX_SEED = 2**32 - 1  # JAX without 64-bit integers drops the bits above: 2**32 would draw as 0
 
 
@@ -279,6 +280,11 @@ class VAEConfig:
     scaling_factor: float = option(
         0.18215, "Latents are multiplied by this before diffusion.", above=0
     )
+
+    @property
+    def factor(self) -> int:
+        """Pixels on one side of a latent."""
+        return 2 ** (len(self.block_out_channels) - 1)
 
 
 @dataclass

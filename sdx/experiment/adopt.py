@@ -26,8 +26,7 @@ def adopt(config: Config, weights: ModelFiles, unet: NetworkFiles | None) -> Con
     found: dict[str, Any] = {"vae": vae, "text_encoder": read_text_encoder_config(weights)}
     if unet is not None:
         found["unet"] = read_unet_config(unet)
-        factor = 2 ** (len(vae.block_out_channels) - 1)
-        found["resolution"] = found["unet"].sample_size * factor
+        found["resolution"] = found["unet"].sample_size * vae.factor
         if unet.config("scheduler") is not None:
             found["prediction_type"] = read_prediction_type(unet)
     adopted = replace(config, model=replace(config.model, from_files=False, **found))

@@ -14,7 +14,7 @@ from typing import Any
 from sdx.config import resolve
 from sdx.config.check import has_effect
 from sdx.config.leaves import leaves, plain, spelled, value
-from sdx.config.schema import Config, Init
+from sdx.config.schema import HUB_ID, Config, Init
 
 GRID = "samples.png"
 EXAMPLE_PROMPT = "a photograph of a lighthouse at dusk"
@@ -185,4 +185,4 @@ def _public(source: str) -> str:
 
 
 def _is_hub_id(source: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source)) and not Path(source).expanduser().exists()
+    return bool(re.fullmatch(HUB_ID, source)) and not Path(source).expanduser().exists()

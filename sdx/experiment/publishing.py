@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from sdx.config.schema import HUB_ID
 from sdx.record.redact import MASK, redact
 from sdx.weights.export import ExportError
 
@@ -25,7 +26,7 @@ def check_can_publish(hub_id: str) -> None:
     """Raises ExportError for a name no repository has, or without a token to upload with."""
     from huggingface_hub import get_token  # 0.3 s
 
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
+    if not re.fullmatch(HUB_ID, hub_id):
         raise ExportError(f"{hub_id}: not a repository of the Hub; give OWNER/NAME.")
     if get_token() is None:
         raise ExportError(

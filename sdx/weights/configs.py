@@ -146,7 +146,7 @@ def read_model(files: ModelFiles) -> ModelConfig:
         name=PurePath(files.source).name,
         pretrained=files.source,
         init=Init.pretrained,
-        resolution=unet.sample_size * 2 ** (len(vae.block_out_channels) - 1),
+        resolution=unet.sample_size * vae.factor,
         prediction_type=read_prediction_type(files),
         unet=unet,
         vae=vae,

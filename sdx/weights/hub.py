@@ -22,7 +22,6 @@ from sdx.weights.folder import (
 # Answers after which a download is tried again, and when.
 BUSY = (429, 500, 502, 503, 504)
 WAITS_S = (1.0, 4.0, 16.0)
-ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Small files that say what a model is; weights follow by name.
 SMALL_FILES = [
     "model_index.json",

@@ -4,16 +4,17 @@
 embedded model. What it returns gives configs and tensors under today's names, in torch's layout.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from sdx.config.schema import ModelConfig
+from sdx.config.schema import HUB_ID, ModelConfig
 from sdx.weights.errors import WeightsError
 from sdx.weights.folder import COMPONENTS, open_folder
-from sdx.weights.hub import ID, open_repository
+from sdx.weights.hub import open_repository
 from sdx.weights.original import SINGLE_FILES, open_original
 from sdx.weights.tensor_files import Tensors
 
@@ -87,7 +88,7 @@ def open_model(
                 f"({variant}); leave both null."
             )
         return open_original(source, folder, model, components=components, say=say)
-    if ID.fullmatch(source):
+    if re.fullmatch(HUB_ID, source):
         return open_repository(
             source, revision=revision, variant=variant, components=components, say=say
         )

@@ -213,8 +213,11 @@ def test_a_sweep_exports_only_what_it_is_told_to() -> None:
     body = Body()
     run("train", ["-m", "run.seed=0,1"], body)
     run("train", ["-m", "run.seed=0", "export.at_end=true"], body)
+    run("train", ["-m", "run.seed=0", "export.push_to_hub=false"], body)
+    run("train", ["-m", "export.push_to_hub=true", "export.hub_model_id=me/it"], body)
     run("train", ["run.seed=0"], body)
-    assert [config.export.at_end for config, _ in body.calls] == [False, False, True, True]
+    exports = [config.export.at_end for config, _ in body.calls]
+    assert exports == [False, False, True, False, True, True]
 
 
 @pytest.mark.parametrize(

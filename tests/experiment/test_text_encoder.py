@@ -21,11 +21,13 @@ from tests.experiment.conftest import MICRO, Command
 
 STEPS = 4
 PROMPT = next(text for text in MICRO if "prompts" in text).split("[")[1].rstrip("]")
+RESCALE = 0.7
 RUN = [
     "train.text_encoder=true",
     "optimizer.text_encoder_lr=0.05",  # four steps must show in a picture
     "checkpoint.every=2",
     "export.at_end=false",
+    f"sample.guidance_rescale={RESCALE}",
     "run.name=run",
 ]
 
@@ -67,7 +69,8 @@ def test_it_draws_with_what_it_learned(whole: Path) -> None:
     (grid,) = (np.asarray(Image.open(path)) for path in (whole / "samples").glob("0*.png"))
 
     def difference(pipeline: sdx.Pipeline) -> int:
-        images = pipeline.sample([PROMPT], num_steps=2, guidance_scale=3.0, seed=0)
+        options = {"num_steps": 2, "guidance_scale": 3.0, "guidance_rescale": RESCALE}
+        images = pipeline.sample([PROMPT], seed=0, **options)
         drawn = make_grid(to_uint8(images), [PROMPT]).astype(int)
         return np.abs(drawn - grid).max()
 
