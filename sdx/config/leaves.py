@@ -49,7 +49,13 @@ class Leaf:
     @property
     def type_name(self) -> str:
         """The type as a person reads it: `a whole number`, `a list of texts`, `text, or null`."""
-        names = {str: "text", bool: "true or false", float: "a number", int: "a whole number"}
+        names = {
+            str: "text",
+            bool: "true or false",
+            float: "a number",
+            int: "a whole number",
+            dict: "a mapping such as {name: value}",
+        }
         kind = self.element or self.kind
         name = names.get(kind, "one of " + ", ".join(self.choices))
         if self.element:
@@ -84,11 +90,13 @@ def value(config: Config, path: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """`value` with enum members as their names, also inside lists."""
+    """`value` with enum members as their names, also inside lists and mappings."""
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, list):
         return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
     return value
 
 
@@ -103,6 +111,8 @@ def spelled(value: Any) -> str:
         return f"{value:.12g}".replace("e-0", "e-").replace("e+0", "e")
     if isinstance(value, list):
         return "[" + ",".join(spelled(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{spelled(item)}" for name, item in value.items()) + "}"
     return str(value)
 
 
@@ -133,7 +143,7 @@ def _unwrap(hint: Any) -> tuple[type, type | None, bool]:
         optional = True
     if typing.get_origin(hint) is list:
         return list, typing.get_args(hint)[0], optional
-    return hint, None, optional
+    return typing.get_origin(hint) or hint, None, optional
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -90,7 +90,7 @@ _NO_QUANTIZATION = (
     None,
     "quantized training changes the mathematics; use model.weights_dtype=bfloat16",
 )
-_ONE_SOURCE = ("sdx.encode", "caches are written by a command of their own")
+_ENCODE = (None, "sdx.encode writes caches; tar files are read where they lie: data=webdataset")
 
 _BOTH = _rows(
     (MAXDIFFUSION, DIFFUSERS),
@@ -113,12 +113,10 @@ _BOTH = _rows(
         "max_grad_norm": ("optimizer.max_grad_norm", "null = off"),
         "snr_gamma": ("diffusion.snr_gamma", "null = off"),
         "revision": "model.revision",
-    },
-) + _rows(
-    (MAXDIFFUSION, DIFFUSERS),
-    Outcome.planned,
-    {
-        "dataset_name": ("data.name", "images on disk: data=imagefolder data.dir=FOLDER"),
+        "dataset_name": (
+            "data.name",
+            "with data=huggingface; images on disk: data=imagefolder data.dir=FOLDER",
+        ),
         "dataset_config_name": "data.config",
         "image_column": "data.image_column",
     },
@@ -158,7 +156,16 @@ _MAXDIFFUSION_KEYS = _rows(
         "ici_fsdp_parallelism": "mesh.ici.fsdp",
         "ici_tensor_parallelism": "mesh.ici.tensor",
         "train_split": "data.split",
-        "dataset_type": ("data", "choose the source", {"hf": "imagefolder"}),
+        "dataset_type": (
+            "data",
+            "choose the source",
+            {
+                "tf": "huggingface",
+                "hf": "huggingface",
+                "grain": "arrayrecord",
+                "synthetic": "shapes",
+            },
+        ),
         "jax_cache_dir": "run.compilation_cache_dir",
         "grain_worker_count": "data.num_workers",
         "tokenize_captions_num_proc": "data.num_workers",
@@ -183,6 +190,25 @@ _MAXDIFFUSION_KEYS = _rows(
         "guidance_scale": "sample.guidance_scale",
         "guidance_rescale": "sample.guidance_rescale",
         "num_inference_steps": "sample.num_steps",
+        "split_head_dim": "attention.split_head_dim",
+        "flash_block_sizes": "attention.block_sizes",
+        "flash_min_seq_length": "attention.min_sequence",
+        "mask_padding_tokens": (
+            "attention.mask_padding_tokens",
+            "of captions; masks for a kernel's own padding are always on",
+        ),
+        "cache_latents_text_encoder_outputs": (
+            "data.cache",
+            "written by sdx.encode",
+            {"true": "moments_and_context", "false": "none"},
+        ),
+        "dataset_save_location": "data.cache_dir",
+        "hf_data_dir": ("data.dir", "with data=huggingface"),
+        "hf_train_files": ("data.files", "with data=parquet"),
+        "grain_train_files": ("data.files", "with data=arrayrecord"),
+        "enable_profiler": ("profiler.enabled", None, _BOOL),
+        "skip_first_n_steps_for_profiler": "profiler.skip_steps",
+        "profiler_steps": "profiler.steps",
         # Names that are groups here; typing them chooses an option.
         "attention": "attention",
         "hardware": "hardware",
@@ -203,6 +229,10 @@ _MAXDIFFUSION_REST = (
             "from_pt": (None, "safetensors of diffusers are what is read"),
             "jit_initializers": (None, "state is made sharded, under jit"),
             "skip_jax_distributed_system": (None, "it follows from hardware.num_hosts"),
+            "data_files_pattern": _ENCODE,
+            "extracted_files_dir": _ENCODE,
+            "tfrecords_dir": _ENCODE,
+            "no_records_per_shard": _ENCODE,
             "data_sharding": (None, "the batch is split over mesh data x fsdp"),
             "allow_split_physical_axes": (None, "the mesh is laid out to fit the topology"),
             "hf_access_token": (None, "read from HF_TOKEN or a login, never from a config"),
@@ -212,30 +242,14 @@ _MAXDIFFUSION_REST = (
         (MAXDIFFUSION,),
         Outcome.planned,
         {
-            "split_head_dim": "attention.split_head_dim",
-            "flash_block_sizes": "attention.block_sizes",
-            "flash_min_seq_length": "attention.min_sequence",
-            "mask_padding_tokens": "attention.mask_padding_tokens",
             "attention_sharding_uniform": "attention.shard_sequence",
             "ici_context_parallelism": "attention.shard_sequence",
             "dcn_data_parallelism": "mesh.dcn.data",
             "dcn_fsdp_parallelism": "mesh.dcn.fsdp",
             "dcn_tensor_parallelism": "mesh.dcn.tensor",
             "dcn_context_parallelism": "attention.shard_sequence",
-            "cache_latents_text_encoder_outputs": "data.cache",
-            "dataset_save_location": "data.cache_dir",
-            "hf_data_dir": "data.name",
-            "hf_train_files": "data.name",
-            "grain_train_files": "data.files",
             "enable_single_replica_ckpt_restoring": "checkpoint.single_replica_restore",
-            "enable_profiler": "profiler.enabled",
-            "skip_first_n_steps_for_profiler": "profiler.skip_steps",
-            "profiler_steps": "profiler.steps",
             "compile_topology_num_slices": ("sdx.plan", "compiles for chips that are not here"),
-            "data_files_pattern": _ONE_SOURCE,
-            "extracted_files_dir": _ONE_SOURCE,
-            "tfrecords_dir": _ONE_SOURCE,
-            "no_records_per_shard": _ONE_SOURCE,
         },
     )
     + _rows(
@@ -268,7 +282,7 @@ _MAXDIFFUSION_REST = (
             "quantization_local_shard_count": _NO_QUANTIZATION,
             "use_qwix_quantization": _NO_QUANTIZATION,
             "enable_ml_diagnostics": (None, "it is a Google Cloud service; see metrics.sinks"),
-            "profiler_gcs_path": (None, "traces will lie in the run folder"),
+            "profiler_gcs_path": (None, "traces lie in the run folder"),
             "enable_ondemand_xprof": (None, "it is a Google Cloud service"),
         },
     )
@@ -302,6 +316,11 @@ _DIFFUSERS_KEYS = _rows(
         "adam_beta1": "optimizer.b1",
         "adam_beta2": "optimizer.b2",
         "adam_epsilon": "optimizer.eps",
+        "use_8bit_adam": (
+            "optimizer",
+            "no 8-bit Adam: its state is 2 bytes a weight (AdamW: 8), adafactor's less than 0.1",
+            {"true": "adafactor", "false": "adamw"},
+        ),
         "use_ema": ("train.ema", None, _BOOL),
         "variant": "model.variant",
         "dream_training": ("diffusion.dream", "a power; null = off", {"true": "1.0"}),
@@ -323,9 +342,13 @@ _DIFFUSERS_KEYS = _rows(
         "report_to": (
             "metrics.sinks",
             None,
-            {"tensorboard": "[tensorboard,jsonl]", "all": "[tensorboard,jsonl]"},
+            {
+                "tensorboard": "[tensorboard,jsonl]",
+                "wandb": "[wandb,jsonl]",
+                "all": "[tensorboard,jsonl,wandb]",
+            },
         ),
-        "tracker_project_name": "run.name",
+        "tracker_project_name": ("metrics.wandb.project", "of W&B; runs are named by run.name"),
     },
 )
 
@@ -347,7 +370,6 @@ _DIFFUSERS_REST = (
         (DIFFUSERS,),
         Outcome.planned,
         {
-            "use_8bit_adam": ("optimizer=adafactor", "its state takes less than 8-bit moments"),
             "rank": "adapter.rank",
         },
     )

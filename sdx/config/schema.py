@@ -64,15 +64,30 @@ class AttentionKind(Enum):
     auto = "auto"
     dot_product = "dot_product"
     per_head = "per_head"
+    flash = "flash"
+    cudnn = "cudnn"
+    splash = "splash"
 
 
 class DataKind(Enum):
     shapes = "shapes"
     imagefolder = "imagefolder"
+    huggingface = "huggingface"
+    parquet = "parquet"
+    webdataset = "webdataset"
+    arrayrecord = "arrayrecord"
+    plugin = "plugin"
+
+
+class Cache(Enum):
+    none = "none"
+    moments = "moments"
+    moments_and_context = "moments_and_context"
 
 
 class Interpolation(Enum):
     nearest = "nearest"
+    nearest_exact = "nearest_exact"
     bilinear = "bilinear"
     bicubic = "bicubic"
     box = "box"
@@ -82,6 +97,8 @@ class Interpolation(Enum):
 
 class OptimizerKind(Enum):
     adamw = "adamw"
+    adafactor = "adafactor"
+    lion = "lion"
 
 
 class LrScheduleKind(Enum):
@@ -145,6 +162,7 @@ class Remat(Enum):
 class Sink(Enum):
     tensorboard = "tensorboard"
     jsonl = "jsonl"
+    wandb = "wandb"
 
 
 class Platform(Enum):
@@ -190,8 +208,8 @@ def option(
         "identity": identity,
         "on_resume": on_resume or (OnResume.forbidden if identity else OnResume.free),
     }
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -355,22 +373,95 @@ class ModelConfig:
 
 
 @dataclass
+class BlockSizesConfig:
+    """Tiles of the Pallas kernels, with the names of JAX's splash attention; null = the kernel's
+    own choice for the sequence."""
+
+    block_q: int | None = option(
+        None, "Queries in a tile.", unit="tokens", at_least=128, identity=False
+    )
+    block_kv: int | None = option(
+        None, "Keys read into memory at once.", unit="tokens", at_least=128, identity=False
+    )
+    block_kv_compute: int | None = option(
+        None, "Keys in a tile.", unit="tokens", at_least=128, identity=False
+    )
+    block_q_dkv: int | None = option(
+        None, "block_q of the gradient of keys.", unit="tokens", at_least=128, identity=False
+    )
+    block_kv_dkv: int | None = option(
+        None, "block_kv of the gradient of keys.", unit="tokens", at_least=128, identity=False
+    )
+    block_kv_dkv_compute: int | None = option(
+        None,
+        "block_kv_compute of the gradient of keys.",
+        unit="tokens",
+        at_least=128,
+        identity=False,
+    )
+    block_q_dq: int | None = option(
+        None, "block_q of the gradient of queries.", unit="tokens", at_least=128, identity=False
+    )
+    block_kv_dq: int | None = option(
+        None, "block_kv of the gradient of queries.", unit="tokens", at_least=128, identity=False
+    )
+
+
+@dataclass
 class AttentionConfig:
     kind: AttentionKind = option(
         AttentionKind.auto,
         "Attention kernel; auto picks by platform and length, and prints what it picked.",
         identity=False,
     )
+    min_sequence: int = option(
+        256,
+        "Shorter sequences take plain attention whatever the kernel.",
+        unit="tokens",
+        at_least=1,
+        identity=False,
+    )
+    split_head_dim: bool = option(
+        True,
+        "Plain attention keeps heads as a dimension of their own; false folds them into the batch.",
+        identity=False,
+    )
+    mask_padding_tokens: bool = option(
+        False,
+        "Cross-attention ignores tokens after end-of-text; true departs from what diffusers"
+        " computes.",
+    )
+    block_sizes: BlockSizesConfig = field(
+        default_factory=BlockSizesConfig,
+        metadata={"help": "Tiles of the flash and splash kernels."},
+    )
 
 
 @dataclass
 class DataConfig:
     kind: DataKind = option(MISSING, "Where examples come from.")
-    dir: str | None = option(None, "Folder of images and captions (imagefolder).", unit="path")
-    split: str = option(
-        "train", "Split; for imagefolder a folder of that name under data.dir, if there is one."
+    name: str | None = option(None, "Dataset on the Hugging Face Hub, OWNER/NAME.")
+    config: str | None = option(None, "Configuration of that dataset; null = its only one.")
+    revision: str | None = option(
+        None, "Branch, tag or commit of that dataset; null = its main branch."
     )
-    caption_column: str = option("text", "Metadata column that holds the caption.")
+    dir: str | None = option(
+        None, "Folder of the data; of a dataset on the Hub, a local copy of it.", unit="path"
+    )
+    files: str | None = option(
+        None, "Which files of data.dir are read, as a pattern; null = all of the kind's."
+    )
+    plugin: str | None = option(
+        None, "Source of data=plugin: a name in the entry-point group sdx.plugins."
+    )
+    options: dict[str, Any] = option({}, "What that source is made with, as it documents.")
+    split: str = option(
+        "train",
+        "Split, or a part of one: train[:95%], train[1000:]. For imagefolder a folder of that name"
+        " under data.dir, if there is one.",
+    )
+    image_column: str = option("image", "Column that holds the image.")
+    caption_column: str = option("text", "Column that holds the caption, or a list of them.")
     num_examples: int | None = option(
         None, "Examples in one epoch of the procedural source.", at_least=1
     )
@@ -401,8 +492,35 @@ class DataConfig:
         at_least=1,
         at_most=89_478_485,
     )
+    buckets: bool = option(
+        False,
+        "Batches of equal aspect ratio instead of square crops; one program is compiled for each.",
+    )
+    cache: Cache = option(
+        Cache.none,
+        "Train from what sdx.encode wrote: VAE moments and tokens, or text states too.",
+        identity=False,
+        on_resume=OnResume.warn,
+    )
+    cache_dir: str = option(
+        "~/.cache/sdx/data",
+        "Folder of caches, each in a folder named by its content; local, s3:// or gs://.",
+        identity=False,
+    )
+    cache_views: int | None = option(
+        None,
+        "Crops and flips of each image that are cached; epochs take them in turn.",
+        at_least=1,
+    )
     num_workers: int = option(
         0, "Loader processes; 0 loads in threads of this process.", at_least=0, identity=False
+    )
+    worker_timeout_s: float = option(
+        300.0,
+        "The run stops when no batch came for so long.",
+        unit="seconds",
+        above=0,
+        identity=False,
     )
 
 
@@ -680,6 +798,12 @@ class CheckpointConfig:
         None, "Save every N minutes as well.", unit="minutes", above=0, identity=False
     )
     keep: int = option(3, "Newest checkpoints kept.", at_least=2, identity=False)
+    keep_best: int | None = option(
+        None,
+        "Checkpoints of lowest validation loss kept beside those; null = none.",
+        at_least=1,
+        identity=False,
+    )
 
 
 @dataclass
@@ -699,11 +823,59 @@ class ExportConfig:
 
 
 @dataclass
+class EvalConfig:
+    """Validation loss while training: examples, noise and timesteps are the same every time."""
+
+    every: int | None = option(
+        None,
+        "Measure it every N steps; 0 = only at the end, null = never.",
+        unit="steps",
+        at_least=0,
+        identity=False,
+    )
+    split: str = option(
+        "validation", "Held-out split, or a part of one such as train[95%:].", identity=False
+    )
+    num_batches: int | None = option(
+        None,
+        "Global batches of it that are measured; null = all.",
+        at_least=1,
+        identity=False,
+    )
+    num_buckets: int = option(
+        10,
+        "Equal parts of the noise schedule whose losses are shown apart.",
+        at_least=1,
+        identity=False,
+    )
+
+
+@dataclass
+class ProfilerConfig:
+    """A trace of some steps of this start, which TensorBoard's profile plugin opens."""
+
+    enabled: bool = option(False, "Trace steps into RUN/profile.", identity=False)
+    skip_steps: int = option(
+        2, "Steps of this start before the trace.", unit="steps", at_least=1, identity=False
+    )
+    steps: int = option(5, "Steps traced.", unit="steps", at_least=1, identity=False)
+
+
+@dataclass
+class WandbConfig:
+    project: str = option("sdx", "Project at Weights & Biases.", identity=False)
+    entity: str | None = option(None, "Team or user; null = your own.", identity=False)
+
+
+@dataclass
 class MetricsConfig:
     every: int = option(
         10, "Write metrics every N steps.", unit="steps", at_least=1, identity=False
     )
     sinks: list[Sink] = option([Sink.tensorboard, Sink.jsonl], "Where metrics go.", identity=False)
+    wandb: WandbConfig = field(
+        default_factory=WandbConfig, metadata={"help": "Where at Weights & Biases."}
+    )
 
 
 @dataclass
@@ -736,6 +908,12 @@ class Config:
     )
     metrics: MetricsConfig = field(
         default_factory=MetricsConfig, metadata={"help": "What is measured, and where it goes."}
+    )
+    eval: EvalConfig = field(
+        default_factory=EvalConfig, metadata={"help": "Validation loss on held-out data."}
+    )
+    profiler: ProfilerConfig = field(
+        default_factory=ProfilerConfig, metadata={"help": "A trace of some steps."}
     )
     schema_version: int = option(
         SCHEMA_VERSION, "Version of this schema, for migrations.", identity=False

@@ -47,7 +47,7 @@ MISTAKES = {
     ),
     "bad enum in a list": (
         "metrics.sinks=[tensorbord]",
-        "metrics.sinks=[tensorbord]: must be a list of tensorboard, jsonl;"
+        "metrics.sinks=[tensorbord]: must be a list of tensorboard, jsonl, wandb;"
         " did you mean tensorboard?",
     ),
     "missing value": (
