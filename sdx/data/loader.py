@@ -1,4 +1,4 @@
-"""Batches of training examples, and which source they come from.
+"""Batches of training examples.
 
 Order: the epochs of the data, each in its own order, lie one after the other, and step k takes
 positions [k·B, (k+1)·B) of that line, B the global batch size. So a batch may hold the end of one
@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from typing import Any
@@ -21,12 +21,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt8
 
-from sdx.config.schema import DataConfig, DataKind
+from sdx.config.schema import DataConfig
 from sdx.data.captions import choose_caption
 from sdx.data.draws import shuffled
-from sdx.data.imagefolder import ImageFolderSource
 from sdx.data.images import training_image
-from sdx.data.shapes import ShapesSource
 from sdx.data.source import BadImage, BadImageError, DataError, Source, count_reasons
 from sdx.data.tokenizer import Tokenizer
 
@@ -50,16 +48,6 @@ class HostBatch:
     indices: Int64[np.ndarray, " b"]
     epochs: Int64[np.ndarray, " b"]
     bad_images: tuple[BadImage, ...]
-
-
-def open_source(
-    config: DataConfig, *, resolution: int, say: Callable[[str], None] = print
-) -> Source:
-    """The source `data.kind` names; `say` is handed lines for the user.
-
-    `resolution` is that of training images, which a procedural source draws at. Raises `DataError`.
-    """
-    return _SOURCES[config.kind](config, resolution, say)
 
 
 def make_loader(
@@ -267,31 +255,3 @@ def _bind_to_parent(worker_index: int, num_workers: int) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, name="end with parent", daemon=True).start()
-
-
-def _open_shapes(config: DataConfig, resolution: int, say: Callable[[str], None]) -> Source:
-    if config.num_examples is None:
-        raise DataError("data.num_examples=null: data=shapes is endless; set the size of an epoch.")
-    return ShapesSource(config.num_examples, resolution, config.split)
-
-
-def _open_imagefolder(config: DataConfig, resolution: int, say: Callable[[str], None]) -> Source:
-    if config.dir is None:
-        raise DataError(
-            "data.dir=null: data=imagefolder needs the folder of images and captions; set"
-            " data.dir=FOLDER."
-        )
-    return ImageFolderSource(
-        config.dir,
-        split=config.split,
-        caption_column=config.caption_column,
-        max_bad_fraction=config.max_bad_fraction,
-        max_pixels=config.max_pixels,
-        say=say,
-    )
-
-
-_SOURCES: dict[DataKind, Callable[[DataConfig, int, Callable[[str], None]], Source]] = {
-    DataKind.shapes: _open_shapes,
-    DataKind.imagefolder: _open_imagefolder,
-}

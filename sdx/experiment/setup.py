@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from sdx.config import resolve
 from sdx.config.identity import run_folder_name
 from sdx.config.schema import Config, Init, ModelConfig, WeightsDtype
-from sdx.data.loader import open_source
 from sdx.data.source import DataError, FirstExamples, Source
+from sdx.data.sources import open_source
 from sdx.data.tokenizer import Tokenizer, load_tokenizer
 from sdx.experiment.adopt import adopt
 from sdx.experiment.compilation_cache import use_compilation_cache
