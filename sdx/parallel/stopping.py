@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Self
 
 EXIT_INTERRUPTED = 75  # sysexits.h EX_TEMPFAIL: try again
 _Handler = Callable[[int, FrameType | None], object] | int | None
@@ -62,7 +61,7 @@ class StopFlag:
             with self._deciding:
                 self._nothing_to_save = False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopFlag":
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
