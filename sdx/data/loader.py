@@ -19,7 +19,7 @@ from multiprocessing import parent_process
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64, UInt8
+from jaxtyping import Float16, Float32, Int32, Int64, UInt8
 
 from sdx.config.schema import DataConfig
 from sdx.data.captions import choose_caption
@@ -36,18 +36,21 @@ _NUM_WORKER_THREADS = 2
 class HostBatch:
     """This host's part of the global batch of one step.
 
-    `images` are RGB, 0 to 255. `weights` are 1, and 0 for an example that could not be read any
-    more; its image is black and its caption empty. `indices` are the source's, `epochs` count from
-    0. `bad_images` are the unreadable ones.
+    `images` are RGB, 0 to 255; where a cache is read there are `moments` of the VAE instead, and
+    `context`, text states, where it holds them. `weights` are 1, and 0 for an example that could
+    not be read any more; its image is black and its caption empty. `indices` are the source's,
+    `epochs` count from 0. `bad_images` are the unreadable ones.
     """
 
     step: int
-    images: UInt8[np.ndarray, "b H W 3"]
     tokens: Int32[np.ndarray, "b s"]
     weights: Float32[np.ndarray, " b"]
     indices: Int64[np.ndarray, " b"]
     epochs: Int64[np.ndarray, " b"]
     bad_images: tuple[BadImage, ...]
+    images: UInt8[np.ndarray, "b H W 3"] | None = None
+    moments: Float16[np.ndarray, "b h w m"] | None = None
+    context: Float16[np.ndarray, "b s d"] | None = None
 
 
 def make_loader(
@@ -189,8 +192,8 @@ class _ReadBatch:
     def _read(self, epoch: int, index: int) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
         example = self.source[index]
         image = training_image(
-            example.image,
-            self.resolution,
+            example.picture,
+            (self.resolution, self.resolution),
             interpolation=self.interpolation,
             center_crop=self.center_crop,
             random_flip=self.random_flip,

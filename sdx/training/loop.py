@@ -82,8 +82,8 @@ def train(
         while step < cadence.max_steps and not should_stop(step):
             with reporter.meter.waiting():
                 host = next(batches)
-            batch = program.place_batch(host.images, host.tokens, host.weights)
-            moments, conditioning = program.encode(frozen, batch.images, batch.tokens)
+            batch = program.place_batch(host)
+            moments, conditioning = program.encode(frozen, batch)
             state, metrics = program.step(state, moments, conditioning, batch.weights)
             reporter.meter.count()
             step += 1

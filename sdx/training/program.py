@@ -9,7 +9,7 @@ tokens; a frozen one is not even an argument there, so that nothing can differen
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered, Wrapped
-from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
+from jaxtyping import Array, Float, Float16, Float32, Int, Int32, UInt8
 
 from sdx.config import resolve
-from sdx.config.schema import Config
+from sdx.config.schema import Cache, Config
+from sdx.data.loader import HostBatch
 from sdx.diffusion.objective import make_objective
 from sdx.models import flops
 from sdx.models.attention import select_attention
@@ -44,11 +45,35 @@ class BatchError(ValueError):
 
 
 class Batch(NamedTuple):
-    """One global batch on the mesh; weights are 1 for good examples, 0 for unreadable ones."""
+    """One global batch on the mesh; weights are 1 for good examples, 0 for unreadable ones.
 
-    images: UInt8[Array, "b H W 3"]
+    It has `images`, or `moments` where they come from a cache, which may hold `context` too.
+    """
+
+    images: UInt8[Array, "b H W 3"] | None
     tokens: Int32[Array, "b s"]
     weights: Float32[Array, " b"]
+    moments: Float16[Array, "b h w m"] | None = None
+    context: Float16[Array, "b s d"] | None = None
+
+
+Shapes = tuple[tuple[int, ...] | None, ...]
+
+
+@dataclass(frozen=True)
+class ByShape:
+    """A function of (frozen, batch) with executables for the batches known beforehand."""
+
+    function: Wrapped
+    compiled: Mapping[Shapes, Compiled]
+
+    def __call__(self, frozen: Params, batch: Batch) -> tuple[Array, Array]:
+        """What the function says, compiled for this batch already or now."""
+        return self.compiled.get(_shapes(batch), self.function)(frozen, batch)
+
+
+def _shapes(batch: Batch) -> Shapes:
+    return tuple(None if array is None else array.shape for array in batch)
 
 
 @dataclass(frozen=True)
@@ -66,9 +91,11 @@ class Program:
     """Shapes, types and shardings; what a checkpoint is restored into."""
     abstract_frozen: Params
     abstract_batch: Batch
-    encode: Wrapped | Compiled
-    """(frozen, images, tokens) to VAE moments and what the step makes of the captions: text states,
-    or the tokens where the text encoder is trained."""
+    """What training reads: pixels, or what `data.cache` says."""
+    encode: Wrapped | ByShape
+    """(frozen, batch) to VAE moments and what the step makes of the captions: text states, or the
+    tokens where the text encoder is trained. A batch of another kind or shape than `abstract_batch`
+    is compiled when it comes."""
     step: Wrapped | Compiled
     """(state, moments, conditioning, weights) to the next state and metrics; the state handed in is
     used up."""
@@ -100,19 +127,20 @@ class Program:
             lambda x, like: jax.device_put(x, like.sharding), weights, self.abstract_frozen
         )
 
-    def place_batch(
-        self,
-        images: UInt8[np.ndarray, "b H W 3"],
-        tokens: Int32[np.ndarray, "b s"],
-        weights: Float32[np.ndarray, " b"],
-    ) -> Batch:
+    def place_batch(self, host: HostBatch) -> Batch:
         """The global batch of which these are this host's rows."""
-        rows = (images, tokens, weights)
+        place = sharding.batch_sharding(self.mesh)
+
+        def whole(rows: np.ndarray) -> jax.Array:
+            shape = (self.global_batch_size, *rows.shape[1:])
+            return jax.make_array_from_process_local_data(place, rows, shape)
+
         return Batch(
-            *(
-                jax.make_array_from_process_local_data(like.sharding, x, like.shape)
-                for x, like in zip(rows, self.abstract_batch, strict=True)
-            )
+            images=None if host.images is None else whole(host.images),
+            tokens=whole(host.tokens),
+            weights=whole(host.weights),
+            moments=None if host.moments is None else whole(host.moments),
+            context=None if host.context is None else whole(host.context),
         )
 
     def lower(self) -> tuple[Lowered, Lowered]:
@@ -121,7 +149,7 @@ class Program:
             "compiled before"
         )
         batch = self.abstract_batch
-        encode = self.encode.lower(self.abstract_frozen, batch.images, batch.tokens)
+        encode = self.encode.lower(self.abstract_frozen, batch)
         place = sharding.batch_sharding(self.mesh)
         moments, conditioning = (
             jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=place) for out in encode.out_info
@@ -132,7 +160,9 @@ class Program:
         """This program with both functions compiled ahead of their first call."""
         start = time.perf_counter()
         encode, step = (lowered.compile() for lowered in self.lower())
-        return replace(self, encode=encode, step=step, compile_s=time.perf_counter() - start)
+        assert isinstance(self.encode, Wrapped)
+        by_shape = ByShape(self.encode, {_shapes(self.abstract_batch): encode})
+        return replace(self, encode=by_shape, step=step, compile_s=time.perf_counter() - start)
 
 
 def build(config: Config, mesh: Mesh, *, max_steps: int) -> Program:
@@ -183,14 +213,13 @@ def build(config: Config, mesh: Mesh, *, max_steps: int) -> Program:
 
 
 def encode(
-    networks: Networks,
-    frozen: Params,
-    images: UInt8[Array, "b H W 3"],
-    tokens: Int32[Array, "b s"],
+    networks: Networks, frozen: Params, batch: Batch
 ) -> tuple[Float[Array, "b h w m"], Float[Array, "b s d"]]:
-    """VAE moments of images 0 to 255 and text states of tokens; float32."""
-    moments = _encode_images(networks, frozen["vae"], images)
-    return moments, _encode_text(networks, frozen["text_encoder"], tokens)
+    """VAE moments and text states, computed or as cached; float32."""
+    moments = _moments(networks, frozen, batch)
+    if batch.context is not None:
+        return moments, batch.context.astype(jnp.float32)
+    return moments, _encode_text(networks, frozen["text_encoder"], batch.tokens)
 
 
 def predict(
@@ -205,13 +234,10 @@ def predict(
 
 
 def encode_images(
-    networks: Networks,
-    frozen: Params,
-    images: UInt8[Array, "b H W 3"],
-    tokens: Int32[Array, "b s"],
+    networks: Networks, frozen: Params, batch: Batch
 ) -> tuple[Float[Array, "b h w m"], Int32[Array, "b s"]]:
-    """VAE moments of images 0 to 255, float32, and the tokens as they are."""
-    return _encode_images(networks, frozen["vae"], images), tokens
+    """VAE moments, float32, and the tokens as they are."""
+    return _moments(networks, frozen, batch), batch.tokens
 
 
 def predict_from_tokens(
@@ -237,11 +263,13 @@ BEFORE_THE_STEP = Captions(encode, predict)
 IN_THE_STEP = Captions(encode_images, predict_from_tokens)
 
 
-def _encode_images(
-    networks: Networks, vae: Params, images: UInt8[Array, "b H W 3"]
-) -> Float[Array, "b h w m"]:
-    pixels = images.astype(jnp.float32) / 127.5 - 1
-    return networks.vae.apply(vae, pixels, method="encode").astype(jnp.float32)
+def _moments(networks: Networks, frozen: Params, batch: Batch) -> Float[Array, "b h w m"]:
+    """Of images 0 to 255, or as cached."""
+    if batch.moments is not None:
+        return batch.moments.astype(jnp.float32)
+    assert batch.images is not None, "a batch holds images or moments"
+    pixels = batch.images.astype(jnp.float32) / 127.5 - 1
+    return networks.vae.apply(frozen["vae"], pixels, method="encode").astype(jnp.float32)
 
 
 def _encode_text(
@@ -295,11 +323,19 @@ def _abstract_batch(config: Config, mesh: Mesh, batch_size: int) -> Batch:
     def rows(*shape: int, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=place)
 
-    return Batch(
+    batch = Batch(
         images=rows(side, side, config.model.vae.in_channels, dtype=jnp.uint8),
         tokens=rows(length, dtype=jnp.int32),
         weights=rows(dtype=jnp.float32),
     )
+    if config.data.cache is Cache.none:
+        return batch
+    latent, channels = side // resolve.vae_factor(config), 2 * config.model.vae.latent_channels
+    batch = batch._replace(images=None, moments=rows(latent, latent, channels, dtype=jnp.float16))
+    if config.data.cache is Cache.moments:
+        return batch
+    width = config.model.text_encoder.hidden_size
+    return batch._replace(context=rows(length, width, dtype=jnp.float16))
 
 
 def _placed(abstract: Any, shardings: Any) -> Any:
@@ -324,12 +360,13 @@ def check_batch(config: Config, mesh: Mesh, batch_size: int) -> None:
 
 def _flops_per_example(config: Config) -> float:
     """Forward, and backward at twice that for what is trained; DREAM asks the UNet once more."""
-    model, side = config.model, resolve.resolution(config)
+    model, side, cache = config.model, resolve.resolution(config), config.data.cache
     latent = side // resolve.vae_factor(config)
     unet = flops.unet_forward_flops(model.unet, latent, latent)
     text = flops.text_flops(model.text_encoder)
+    encoded = 0.0 if cache is Cache.moments_and_context else text
     return (
         (3 if config.diffusion.dream is None else 4) * unet
-        + (3 if config.train.text_encoder else 1) * text
-        + flops.vae_encode_flops(model.vae, side, side)
+        + (3 * text if config.train.text_encoder else encoded)
+        + (flops.vae_encode_flops(model.vae, side, side) if cache is Cache.none else 0)
     )

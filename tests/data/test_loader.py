@@ -91,6 +91,11 @@ def take(count: int, *arguments: Any, **options: Any) -> list[HostBatch]:
         return list(islice(batches, count))
 
 
+def pixels(batch: HostBatch) -> np.ndarray:
+    assert batch.images is not None
+    return batch.images
+
+
 def indices(batches: list[HostBatch]) -> list[int]:
     return [int(i) for batch in batches for i in batch.indices]
 
@@ -109,11 +114,11 @@ LIVELY = replace(DATA, center_crop=False, random_flip=True, caption_dropout=0.3)
 @pytest.mark.fast
 def test_a_batch_holds_what_its_indices_say():
     for batch in take(5):
-        assert batch.images.dtype == np.uint8 and batch.images.shape == (4, SIDE, SIDE, 3)
+        assert pixels(batch).dtype == np.uint8 and pixels(batch).shape == (4, SIDE, SIDE, 3)
         assert batch.tokens.dtype == np.int32 and batch.weights.dtype == np.float32
         assert batch.indices.dtype == batch.epochs.dtype == np.int64
         assert batch.weights.tolist() == [1, 1, 1, 1]
-        np.testing.assert_array_equal(batch.images[:, 4, 4, 0], batch.indices + 1)
+        np.testing.assert_array_equal(pixels(batch)[:, 4, 4, 0], batch.indices + 1)
         assert set(map(chr, batch.tokens[:, 0])) <= {"a", "b"}
         assert [chr(n) for n in batch.tokens[:, 1]] == [str(i) for i in batch.indices]
 
@@ -180,10 +185,10 @@ def test_crop_flip_and_caption_change_from_epoch_to_epoch():
     seen: dict[int, set[tuple[bytes, bytes]]] = {i: set() for i in range(10)}
     for batch in take(100, data=LIVELY):
         for row, index in enumerate(batch.indices):
-            seen[int(index)].add((batch.images[row].tobytes(), batch.tokens[row].tobytes()))
+            seen[int(index)].add((pixels(batch)[row].tobytes(), batch.tokens[row].tobytes()))
     assert all(len(views) >= 4 for views in seen.values())
     plain = {
-        (int(index), batch.images[row].tobytes())
+        (int(index), pixels(batch)[row].tobytes())
         for batch in take(25)
         for row, index in enumerate(batch.indices)
     }
@@ -196,7 +201,7 @@ def test_late_bad_images_weigh_nothing_and_are_counted():
         for batch in islice(batches, 5):
             is_bad = np.isin(batch.indices, [2, 5])
             np.testing.assert_array_equal(batch.weights, np.where(is_bad, 0, 1))
-            assert not batch.images[is_bad].any() and not batch.tokens[is_bad].any()
+            assert not pixels(batch)[is_bad].any() and not batch.tokens[is_bad].any()
             assert len(batch.bad_images) == is_bad.sum()
         assert sorted(batches.bad_images) == [2, 5]
         assert batches.bad_images[2].path == "2.png"
@@ -283,7 +288,7 @@ def test_photographs_become_the_pixels_diffusers_would_train_on(
         batch = next(batches)
     with Image.open(photos / "chelsea.png") as image:  # 451 × 300
         reference = image.resize((int(64 * 451 / 300), 64), Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(batch.images[2], np.asarray(reference.crop((16, 0, 80, 64))))
+    np.testing.assert_array_equal(pixels(batch)[2], np.asarray(reference.crop((16, 0, 80, 64))))
     assert "".join(map(chr, batch.tokens[2])) == "a ph"
     assert (photos.parent / ".cache/sdx/scans").is_dir()
 

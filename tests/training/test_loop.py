@@ -94,11 +94,13 @@ class ToyProgram(Program):
         object.__setattr__(self, "step", jax.jit(count))
         object.__setattr__(self, "encode", self.pass_on)
 
-    def place_batch(self, images: Any, tokens: Any, weights: Any) -> Batch:
-        return Batch(images, tokens, weights)
+    def place_batch(self, host: HostBatch) -> Batch:
+        images: Any = host.images
+        return Batch(images, jnp.asarray(host.tokens), jnp.asarray(host.weights))
 
-    def pass_on(self, frozen: Any, images: Any, tokens: Any) -> tuple[Any, Any]:
-        return jnp.where(images == 255, jnp.nan, images.astype(jnp.float32)), tokens
+    def pass_on(self, frozen: Any, batch: Batch) -> tuple[Any, Any]:
+        images: Any = batch.images
+        return jnp.where(images == 255, jnp.nan, images.astype(jnp.float32)), batch.tokens
 
 
 def batches(start: int, bad: tuple[int, ...] = ()) -> Iterator[HostBatch]:

@@ -15,12 +15,14 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from sdx.config.schema import (
     ActivationsDtype,
+    Cache,
     Config,
     DiffusionConfig,
     PredictionType,
     Remat,
     WeightsDtype,
 )
+from sdx.data.loader import HostBatch
 from sdx.models import flops
 from sdx.parallel import sharding
 from sdx.training import program as programs
@@ -39,18 +41,26 @@ def make(config: Config | None = None, num_devices: int = 1, **axes: int) -> Pro
 def run(program: Program, num_steps: int = 2) -> tuple[TrainState, list[dict[str, float]]]:
     """Steps from the same start on the same pictures, whatever the mesh."""
     state = program.init(**random_networks(program, program.abstract_state.params))
-    rng = np.random.default_rng(0)
-    batch = program.place_batch(
-        rng.integers(0, 256, (BATCH, RESOLUTION, RESOLUTION, 3), dtype=np.uint8),
-        rng.integers(0, 64, (BATCH, NUM_TOKENS), dtype=np.int32),
-        np.ones(BATCH, np.float32),
-    )
-    moments, context = program.encode(frozen(program), batch.images, batch.tokens)
+    batch = program.place_batch(pictures())
+    moments, context = program.encode(frozen(program), batch)
     history = []
     for _ in range(num_steps):
         state, metrics = program.step(state, moments, context, batch.weights)
         history.append({name: float(value) for name, value in metrics.items()})
     return state, history
+
+
+def pictures() -> HostBatch:
+    rng = np.random.default_rng(0)
+    return HostBatch(
+        step=0,
+        images=rng.integers(0, 256, (BATCH, RESOLUTION, RESOLUTION, 3), dtype=np.uint8),
+        tokens=rng.integers(0, 64, (BATCH, NUM_TOKENS), dtype=np.int32),
+        weights=np.ones(BATCH, np.float32),
+        indices=np.arange(BATCH),
+        epochs=np.zeros(BATCH, np.int64),
+        bad_images=(),
+    )
 
 
 def frozen(program: Program) -> Any:
@@ -124,6 +134,30 @@ def test_eight_devices_say_what_one_says(
     for linear in (transformer["attn1"]["to_q"], layer["self_attn"]["q_proj"], layer["mlp"]["fc2"]):
         kernel = linear["kernel"]
         assert kernel.addressable_shards[0].data.size == kernel.size // 4
+
+
+@pytest.mark.parametrize("kind", [Cache.moments, Cache.moments_and_context])
+def test_what_is_cached_goes_through_the_same_step(kind: Cache) -> None:
+    config = micro_config(global_batch_size=BATCH)
+    config.data.cache = kind
+    program, online = make(config).compile(), make()
+    moments, context = online.encode(frozen(online), online.place_batch(pictures()))
+    cached = replace(
+        pictures(),
+        images=None,
+        moments=np.asarray(moments, np.float16),
+        context=None if kind is Cache.moments else np.asarray(context, np.float16),
+    )
+    read, states = program.encode(frozen(program), program.place_batch(cached))
+    assert read.dtype == states.dtype == jnp.float32
+    np.testing.assert_allclose(read, moments, rtol=2**-11, atol=2**-24)
+    rtol = 1e-6 if kind is Cache.moments else 2**-11
+    np.testing.assert_allclose(states, context, rtol=rtol, atol=2**-24)
+    state = program.init(**random_networks(program, program.abstract_state.params))
+    _, metrics = program.step(state, read, states, jnp.ones(BATCH))
+    _, [expected] = run(online, 1)
+    assert float(metrics["loss"]) == pytest.approx(expected["loss"], rel=1e-3)
+    assert program.flops_per_step < online.flops_per_step
 
 
 @pytest.mark.parametrize(
