@@ -160,7 +160,7 @@ def loss_and_grads(
     gradient = jax.value_and_grad(batch_loss, argnums=1)
     if rule.gradient_accumulation == 1:
         return gradient(rule, params, examples)
-    pieces = jax.tree.map(lambda x: _split(x, rule.gradient_accumulation), examples)
+    pieces = jax.tree.map(lambda x: split_batch(x, rule.gradient_accumulation), examples)
 
     def add(total: Any, piece: Examples) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient(rule, params, piece)), None
@@ -171,6 +171,12 @@ def loss_and_grads(
     for index in range(rule.gradient_accumulation):
         total, _ = add(total, jax.tree.map(lambda x, i=index: x[i], pieces))
     return total
+
+
+def split_batch(x: Array, num_pieces: int) -> Array:
+    """(b, ...) to (pieces, b / pieces, ...), each piece with an equal part of every device's share
+    of the batch."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // num_pieces, num_pieces, *x.shape[1:]), 1, 0)
 
 
 def batch_loss(rule: StepRule, params: Params, examples: Examples) -> Float[Array, ""]:
@@ -205,9 +211,3 @@ def _float32(tree: Any) -> Any:
     return jax.tree.map(
         lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
     )
-
-
-def _split(x: Array, num_pieces: int) -> Array:
-    """(b, ...) to (pieces, b / pieces, ...), each piece with an equal part of every device's share
-    of the batch."""
-    return jnp.moveaxis(x.reshape(x.shape[0] // num_pieces, num_pieces, *x.shape[1:]), 1, 0)
