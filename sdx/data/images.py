@@ -9,6 +9,7 @@ Resize and crop compute sizes and offsets as torchvision's Resize(int), CenterCr
 on PIL images (torchvision/transforms/functional.py), which is what diffusers' training script uses.
 """
 
+import io
 import warnings
 from pathlib import Path
 
@@ -27,6 +28,20 @@ MAX_ASPECT = 32
 resized.
 """
 
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "nearest_exact": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+"""`data.interpolation`, torchvision's names, to what torchvision takes for images of Pillow: its
+nearest_exact differs from nearest for tensors only (torchvision/transforms/functional.py,
+pil_modes_mapping).
+"""
+
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -43,13 +58,13 @@ _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF")
 warnings.filterwarnings("error", module=r"PIL\.")
 
 
-def decode(path: Path, *, max_pixels: int) -> UInt8[np.ndarray, "H W 3"]:
-    """The pixels of an image file as a viewer shows them.
+def decode(path: Path, *, max_pixels: int) -> Image.Image:
+    """The image in a file as a viewer shows it, in mode RGB.
 
     Raises `BadImageError` with the reason: missing, unreadable, empty, not an image, over-large,
     too thin, truncated or corrupt. Images of more than `max_pixels` are refused by their header.
     """
-    with _opened(path, max_pixels) as image:
+    with _opened(file, max_pixels) as image:
         try:
             image.load()
             upright = _upright(image)
@@ -66,37 +81,25 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
         raise BadImageError("too thin", f"{width} × {height}: more than {MAX_ASPECT} to 1")
 
 
-def resize_shorter_side(
-    image: UInt8[np.ndarray, "H W 3"], resolution: int, interpolation: str
-) -> UInt8[np.ndarray, "h w 3"]:
-    """The image with its shorter side at `resolution` pixels, smaller ones enlarged; aspect kept.
+def covering_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of an image resized, aspect kept, so that it just covers `size`.
 
-    `interpolation` is a name of Pillow's resampling filters in lower case.
+    One side is that of `size`, the other at least that, cut to whole pixels. For a square this is
+    torchvision's Resize(int): the shorter side becomes the square's, smaller images grow.
     """
-    height, width = image.shape[:2]
-    short, long = sorted((height, width))
-    new_long = int(resolution * long / short)
-    size = (resolution, new_long) if width <= height else (new_long, resolution)
-    if size == (width, height):
-        return image
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling[interpolation.upper()]))
+    if width * size[0] <= height * size[1]:
+        return size[1] * height // width, size[1]
+    return size[0], size[0] * width // height
 
 
-def crop(
-    image: UInt8[np.ndarray, "H W 3"], resolution: int, top: int, left: int
-) -> UInt8[np.ndarray, "h w 3"]:
-    """The square of `resolution` pixels whose upper left corner is at (top, left)."""
-    return image[top : top + resolution, left : left + resolution]
-
-
-def center_offsets(height: int, width: int, resolution: int) -> tuple[int, int]:
+def center_offsets(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
     """Top and left of the centre crop; halves round to even, as Python and torchvision do."""
-    return round((height - resolution) / 2), round((width - resolution) / 2)
+    return round((height - size[0]) / 2), round((width - size[1]) / 2)
 
 
 def training_image(
-    image: UInt8[np.ndarray, "H W 3"],
-    resolution: int,
+    picture: Image.Image,
+    size: tuple[int, int],
     *,
     interpolation: str,
     center_crop: bool,
@@ -105,38 +108,58 @@ def training_image(
     epoch: int,
     index: int,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """The square image a model is trained on: shorter side resized, cropped, perhaps mirrored.
+    """The image a model is trained on, of `size` (height, width): resized to cover it, cropped,
+    perhaps mirrored.
 
-    Crop and flip are functions of (seed, epoch, index); they do not depend on each other being
-    used.
+    `interpolation` is a key of `FILTERS`. Crop and flip are functions of (seed, epoch, index); they
+    do not depend on each other being used.
     """
-    resized = resize_shorter_side(image, resolution, interpolation)
-    height, width = resized.shape[:2]
+    height, width = covering_size(picture.height, picture.width, size)
     if center_crop:
-        top, left = center_offsets(height, width, resolution)
+        top, left = center_offsets(height, width, size)
     else:
-        top = randint("crop top", height - resolution + 1, seed=seed, epoch=epoch, index=index)
-        left = randint("crop left", width - resolution + 1, seed=seed, epoch=epoch, index=index)
-    square = crop(resized, resolution, top, left)
+        top = randint("crop top", height - size[0] + 1, seed=seed, epoch=epoch, index=index)
+        left = randint("crop left", width - size[1] + 1, seed=seed, epoch=epoch, index=index)
+    box = (left, top, left + size[1], top + size[0])
+    cropped = np.asarray(_crop_of_resized(picture, (width, height), box, FILTERS[interpolation]))
     if random_flip and uniform("flip", seed=seed, epoch=epoch, index=index) < 0.5:
-        square = square[:, ::-1]
-    return np.ascontiguousarray(square)
+        return cropped[:, ::-1]
+    return cropped
 
 
-def _opened(path: Path, max_pixels: int) -> Image.Image:
+def _crop_of_resized(
+    picture: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], resampling: int
+) -> Image.Image:
+    """`picture.resize(size, resampling).crop(box)`; sizes and boxes are Pillow's, width first.
+
+    Pillow resizes along rows, rounds, then along columns; columns that the crop leaves out need not
+    go through the second pass, which makes a wide photograph 5 to 8 % faster.
+    """
+    left, top, right, bottom = box
+    if size == picture.size:
+        return picture.crop(box)
+    if right - left < size[0]:
+        rows = picture.resize((size[0], picture.height), resampling)
+        picture = rows.crop((left, 0, right, picture.height))
+    resized = picture.resize((right - left, size[1]), resampling)
+    return resized.crop((0, top, right - left, bottom))
+
+
+def _opened(file: Path | bytes, max_pixels: int) -> Image.Image:
     """The file with its header read and judged, nothing decoded."""
     try:
-        image = Image.open(path, formats=FORMATS)
+        content = io.BytesIO(file) if isinstance(file, bytes) else file
+        image = Image.open(content, formats=FORMATS)
     except FileNotFoundError as error:
         raise BadImageError("missing", "no such file") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError("over-large", _describe(error)) from error
     except UnidentifiedImageError as error:
-        raise _unidentified(path) from error
+        raise _unidentified(_head(file)) from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise BadImageError("unreadable", _describe(error)) from error
-        reason = "truncated" if _is_cut_webp(path) else _decoding_reason(error)
+        reason = "truncated" if _is_cut_webp(file) else _decoding_reason(error)
         raise BadImageError(reason, _describe(error)) from error
     try:
         check_size(*image.size, max_pixels)
@@ -146,9 +169,14 @@ def _opened(path: Path, max_pixels: int) -> Image.Image:
     return image
 
 
-def _unidentified(path: Path) -> BadImageError:
-    with path.open("rb") as file:
-        head = file.read(8)
+def _head(file: Path | bytes) -> bytes:
+    if isinstance(file, bytes):
+        return file[:8]
+    with file.open("rb") as content:
+        return content.read(8)
+
+
+def _unidentified(head: bytes) -> BadImageError:
     if not head:
         return BadImageError("empty", "0 bytes")
     if head.startswith(_MAGIC):
@@ -156,11 +184,11 @@ def _unidentified(path: Path) -> BadImageError:
     return BadImageError("not an image", f"neither {', '.join(FORMATS)}: begins with {head!r}")
 
 
-def _is_cut_webp(path: Path) -> bool:
+def _is_cut_webp(file: Path | bytes) -> bool:
     """Whether the file is shorter than its RIFF header says; Pillow names no cause for it."""
-    with path.open("rb") as file:
-        head = file.read(8)
-    return head[:4] == b"RIFF" and path.stat().st_size < 8 + int.from_bytes(head[4:], "little")
+    head = _head(file)
+    length = len(file) if isinstance(file, bytes) else file.stat().st_size
+    return head[:4] == b"RIFF" and length < 8 + int.from_bytes(head[4:], "little")
 
 
 def _decoding_reason(error: Exception) -> str:
@@ -183,21 +211,20 @@ def _upright(image: Image.Image) -> Image.Image:
     return upright
 
 
-def _over_white(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+def _over_white(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return _gray_16_over_white(image)
-    if not image.has_transparency_data:
-        return np.asarray(image.convert("RGB"))
-    rgba = image.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, "white")
-    return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _gray_16_over_white(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
+def _gray_16_over_white(image: Image.Image) -> Image.Image:
     """16-bit gray scaled to 8 bits; Pillow's convert would clip 32768, mid-gray, to white."""
     levels = np.asarray(image).astype(np.uint32)
     transparent = image.info.get("transparency")  # a level of 16 bits
     gray = ((levels + 128) // 257).astype(np.uint8)
     if transparent is not None:
         gray = np.where(levels == transparent, np.uint8(255), gray)
-    return np.repeat(gray[..., None], 3, axis=2)
+    return Image.fromarray(gray).convert("RGB")
