@@ -71,6 +71,13 @@ class ByShape:
         """What the function says, compiled for this batch already or now."""
         return self.compiled.get(_shapes(batch), self.function)(frozen, batch)
 
+    def knowing(self, frozen: Params, batch: Batch) -> "ByShape":
+        """This function, compiled for the shapes of `batch` too; arguments may be abstract."""
+        if _shapes(batch) in self.compiled:
+            return self
+        compiled = self.function.lower(frozen, batch).compile()
+        return ByShape(self.function, {**self.compiled, _shapes(batch): compiled})
+
 
 def _shapes(batch: Batch) -> Shapes:
     return tuple(None if array is None else array.shape for array in batch)
