@@ -1,0 +1,58 @@
+"""The validation losses of a run, step by step: `validation` in run.json.
+
+    {"last": 0.31, "step": 600, "best": 0.29, "best_step": 400, "of": "1f3c…[:512]",
+     "losses": {"200": 0.33, "400": 0.29, "600": 0.31}}
+
+A loss is written before the checkpoint of its step is saved, so that every checkpoint that could be
+the best is known as such after a kill. `of` names the examples; losses of others are forgotten.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class ValidationHistory:
+    """Losses by step, ascending; one that was not finite is NaN and never the best."""
+
+    of: str
+    losses: dict[int, float] = field(default_factory=dict)
+
+    def best(self, steps: Iterable[int], count: int = 1) -> list[int]:
+        """At most `count` of these steps, lowest loss first; those never measured do not count."""
+        losses = dict(self.losses)  # the training thread may add to it meanwhile
+        known = [step for step in steps if math.isfinite(losses.get(step, math.nan))]
+        return sorted(known, key=lambda step: (losses[step], step))[:count]
+
+    def cut_after(self, step: int) -> None:
+        """Forgets what was measured of later steps, which will be trained again."""
+        self.losses = {known: loss for known, loss in self.losses.items() if known <= step}
+
+    def fields(self) -> dict[str, Any]:
+        """As it stands in run.json."""
+        last, best = max(self.losses, default=None), self.best(self.losses)
+        return {
+            "last": None if last is None else _plain(self.losses[last]),
+            "step": last,
+            "best": self.losses[best[0]] if best else None,
+            "best_step": best[0] if best else None,
+            "of": self.of,
+            "losses": {str(step): _plain(loss) for step, loss in self.losses.items()},
+        }
+
+
+def validation_history(record: Mapping[str, Any] | None) -> ValidationHistory | None:
+    """What run.json says of it; None where nothing was ever measured."""
+    fields = (record or {}).get("validation")
+    if fields is None:
+        return None
+    known = sorted((int(step), loss) for step, loss in fields["losses"].items())
+    losses = {step: math.nan if loss is None else loss for step, loss in known}
+    return ValidationHistory(fields["of"], losses)
+
+
+def _plain(loss: float) -> float | None:
+    """JSON has no NaN."""
+    return loss if math.isfinite(loss) else None
