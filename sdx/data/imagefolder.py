@@ -180,7 +180,7 @@ class _Scan:
             height, width = known[2:]
             check_size(width, height, self._max_pixels)
         else:
-            height, width = decode(path, max_pixels=self._max_pixels).shape[:2]
+            width, height = decode(path, max_pixels=self._max_pixels).size
         self._good[name] = [*key, height, width]
         return stat.st_size
 

@@ -58,8 +58,8 @@ _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF")
 warnings.filterwarnings("error", module=r"PIL\.")
 
 
-def decode(path: Path, *, max_pixels: int) -> Image.Image:
-    """The image in a file as a viewer shows it, in mode RGB.
+def decode(file: Path | bytes, *, max_pixels: int) -> Image.Image:
+    """The image in a file, or in the bytes of one, as a viewer shows it, in mode RGB.
 
     Raises `BadImageError` with the reason: missing, unreadable, empty, not an image, over-large,
     too thin, truncated or corrupt. Images of more than `max_pixels` are refused by their header.

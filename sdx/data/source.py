@@ -12,14 +12,29 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image as a viewer shows it, at its own size, and at least one caption."""
+    """One image as a viewer shows it, at its own size, and at least one caption.
 
-    image: UInt8[np.ndarray, "H W 3"]
+    A source hands over RGB pixels, or an image of Pillow in mode RGB as `decode` returns it, which
+    spares two copies.
+    """
+
+    image: UInt8[np.ndarray, "H W 3"] | Image.Image
     captions: tuple[str, ...]
+
+    @property
+    def pixels(self) -> UInt8[np.ndarray, "H W 3"]:
+        """The image as an array: RGB, 0 to 255."""
+        return np.asarray(self.image)
+
+    @property
+    def picture(self) -> Image.Image:
+        """The image as one of Pillow."""
+        return self.image if isinstance(self.image, Image.Image) else Image.fromarray(self.image)
 
 
 @runtime_checkable
