@@ -101,7 +101,7 @@ def reconstruction_error(
         return network.apply(params, mean, method="decode")
 
     source = ShapesSource(num_images, resolution, "validation")
-    images = np.stack([source[i].image for i in range(num_images)])
+    images = np.stack([source[i].pixels for i in range(num_images)])
     decoded = np.concatenate([reconstruct(part) for part in np.split(images, num_images // 64)])
     return float(np.abs(np.clip(127.5 * decoded + 127.5, 0, 255) - images).mean())
 
@@ -224,4 +224,4 @@ def _batches(
 ) -> Iterator[UInt8[np.ndarray, "b H W 3"]]:
     source = ShapesSource(num_batches * batch_size, resolution)
     for i in range(num_batches):
-        yield np.stack([source[i * batch_size + j].image for j in range(batch_size)])
+        yield np.stack([source[i * batch_size + j].pixels for j in range(batch_size)])

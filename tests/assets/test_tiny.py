@@ -66,7 +66,7 @@ def text_encoder(config: Config, folder: Path) -> Params:
 def held_out_pictures(num_images: int) -> tuple[np.ndarray, list[str]]:
     source = ShapesSource(num_images, 64, "validation")
     examples = [source[i] for i in range(num_images)]
-    return np.stack([e.image for e in examples]), [e.captions[0] for e in examples]
+    return np.stack([e.pixels for e in examples]), [e.captions[0] for e in examples]
 
 
 @pytest.mark.fast

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.fast
 def renders(split: str, num_images: int, resolution: int = 64) -> tuple[np.ndarray, list[str]]:
     source = ShapesSource(1_000_000, resolution, split)
     examples = [source[500_000 + i] for i in range(num_images)]
-    return np.stack([e.image for e in examples]), [e.captions[0] for e in examples]
+    return np.stack([e.pixels for e in examples]), [e.captions[0] for e in examples]
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -87,7 +87,7 @@ def test_captions_in_text_files_of_nested_folders_and_all_formats(folder: Path):
     source = opened(folder)
     assert captions(source) == [("one",), ("two",), ("drei Füße",)]
     assert source.bad_images == []
-    np.testing.assert_array_equal(source[0].image, np.full((6, 8, 3), (255, 0, 0), np.uint8))
+    np.testing.assert_array_equal(source[0].pixels, np.full((6, 8, 3), (255, 0, 0), np.uint8))
 
 
 def test_captions_in_jsonl(folder: Path):
@@ -403,7 +403,7 @@ def test_the_check_is_remembered_until_a_file_changes(
 
     decoded: list[str] = []
 
-    def counted(path: Path, *, max_pixels: int) -> np.ndarray:
+    def counted(path: Path, *, max_pixels: int) -> Image.Image:
         decoded.append(path.name)
         return decode(path, max_pixels=max_pixels)
 
@@ -450,5 +450,5 @@ def test_photographs_of_scikit_image(folder: Path):
     assert len(source) == len(names) > 10
     for i in range(len(source)):
         example = source[i]
-        assert example.image.ndim == 3 and example.image.std() > 1
+        assert example.pixels.ndim == 3 and example.pixels.std() > 1
         assert example.captions[0].startswith("a photo of ")

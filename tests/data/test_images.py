@@ -11,13 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdx.data.images import (
-    center_offsets,
-    crop,
-    decode,
-    resize_shorter_side,
-    training_image,
-)
+from sdx.config.schema import Interpolation
+from sdx.data.images import FILTERS, center_offsets, covering_size, decode, training_image
 from sdx.data.source import BadImageError
 
 MAX_PIXELS = 1_000_000
@@ -35,7 +30,13 @@ def corners() -> np.ndarray:
 
 def saved(path: Path, image: Image.Image, **options: Any) -> np.ndarray:
     image.save(path, **options)
-    return decode(path, max_pixels=MAX_PIXELS)
+    return pixels(path)
+
+
+def pixels(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    image = decode(path, max_pixels=max_pixels)
+    assert image.mode == "RGB"
+    return np.asarray(image)
 
 
 def png(path: Path, header: bytes, rows: bytes, *chunks: tuple[bytes, bytes]) -> Path:
@@ -110,18 +111,18 @@ def test_16_bit_is_scaled_not_clipped(tmp_path: Path):
     np.testing.assert_array_equal(gray[..., 0], gray[..., 2])
     header = struct.pack(">IIBBBBB", 2, 1, 16, 0, 0, 0, 0)
     keyed = png(tmp_path / "key.png", header, b"\0\x12\x34\x80\x00", (b"tRNS", b"\x12\x34"))
-    np.testing.assert_array_equal(decode(keyed, max_pixels=9)[0, :, 0], [255, 128])
+    np.testing.assert_array_equal(pixels(keyed, 9)[0, :, 0], [255, 128])
     header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
     rgb = png(tmp_path / "rgb16.png", header, b"\0\xff\xff\x80\x00\x00\x00")
-    np.testing.assert_array_equal(decode(rgb, max_pixels=9), [[[255, 128, 0]]])
+    np.testing.assert_array_equal(pixels(rgb, 9), [[[255, 128, 0]]])
 
 
 def test_cmyk_jpegs_are_read_in_adobes_polarity(tmp_path: Path):
     red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
     path = tmp_path / "cmyk.jpg"
-    pixels = saved(path, red, quality=95)
+    shown = saved(path, red, quality=95)
     assert b"Adobe" in path.read_bytes(), "the file is of the inverted kind"
-    assert np.abs(pixels.astype(int) - RED).max() <= 6
+    assert np.abs(shown.astype(int) - RED).max() <= 6
     black = saved(tmp_path / "k.jpg", Image.new("CMYK", (16, 16), (0, 0, 0, 255)))
     assert black.max() <= 6
 
@@ -221,40 +222,102 @@ except ValueError as error:
 def test_the_pixel_limit_is_inclusive(tmp_path: Path):
     path = tmp_path / "a.png"
     Image.fromarray(noise(10, 10)).save(path)
-    assert decode(path, max_pixels=100).shape == (10, 10, 3)
+    assert pixels(path, 100).shape == (10, 10, 3)
     assert reason(path, max_pixels=99) == "over-large"
 
 
-FILTERS = {
+PILLOWS_NUMBERS = {
     "nearest": 0,
+    "nearest_exact": 0,
     "lanczos": 1,
     "bilinear": 2,
     "bicubic": 3,
     "box": 4,
     "hamming": 5,
-}  # Pillow's numbers, written out so that a mix-up of names shows
+}  # torchvision/transforms/functional.py, pil_modes_mapping; written out so that a mix-up shows
 
 
-@pytest.mark.parametrize("name", FILTERS)
-@pytest.mark.parametrize("height, width", [(37, 53), (53, 37), (20, 20), (9, 31), (64, 65)])
-def test_resize_and_centre_crop_equal_pillow(name: str, height: int, width: int):
-    image, side = noise(height, width), 24
-    new_height = side if height <= width else int(side * height / width)
-    new_width = side if width <= height else int(side * width / height)
-    reference = Image.fromarray(image).resize((new_width, new_height), FILTERS[name])
-    left, top = round((new_width - side) / 2), round((new_height - side) / 2)
-    reference = reference.crop((left, top, left + side, top + side))
-    result = training_image(
-        image,
-        side,
-        interpolation=name,
-        center_crop=True,
-        random_flip=False,
-        seed=0,
-        epoch=0,
-        index=0,
+def as_torchvision(
+    image: Image.Image, side: int, number: int, crop: tuple[int, int] | None
+) -> np.ndarray:
+    """Resize(side, filter) and CenterCrop(side), or a crop at (top, left), on an image of Pillow.
+
+    Sizes and offsets are torchvision's own (0.20: transforms/functional.py,
+    _compute_resized_output_size and center_crop).
+    """
+    short, long = sorted(image.size)
+    new_short, new_long = side, int(side * long / short)
+    size = (new_short, new_long) if image.width <= image.height else (new_long, new_short)
+    resized = image if size == image.size else image.resize(size, number)
+    centre = (
+        int(round((resized.height - side) / 2.0)),
+        int(round((resized.width - side) / 2.0)),
     )
-    np.testing.assert_array_equal(result, np.asarray(reference))
+    top, left = centre if crop is None else crop
+    return np.asarray(resized.crop((left, top, left + side, top + side)))
+
+
+def transformed(image: np.ndarray | Image.Image, size: Any = 24, **changed: Any) -> np.ndarray:
+    plain = {"interpolation": "lanczos", "center_crop": True, "random_flip": False}
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    size = (size, size) if isinstance(size, int) else size
+    return training_image(picture, size, **{**plain, "seed": 0, "epoch": 0, "index": 0, **changed})
+
+
+SIZES = {
+    "wide": (37, 53),
+    "tall": (53, 37),
+    "smaller than the square": (9, 31),
+    "smaller and tall": (17, 5),
+    "exact": (24, 24),
+    "exactly as high": (24, 61),
+    "exactly as wide": (61, 24),
+    "square": (64, 64),
+    "one off": (64, 65),
+    "thin": (7, 211),
+    "photograph": (150, 200),
+}
+
+
+@pytest.mark.parametrize("name", PILLOWS_NUMBERS)
+@pytest.mark.parametrize("height, width", SIZES.values(), ids=SIZES)
+def test_every_filter_equals_torchvisions_to_the_pixel(name: str, height: int, width: int):
+    picture = Image.fromarray(noise(height, width))
+    for side in (24, 25):
+        expected = as_torchvision(picture, side, PILLOWS_NUMBERS[name], None)
+        np.testing.assert_array_equal(transformed(picture, side, interpolation=name), expected)
+        mirrored = transformed(picture, side, interpolation=name, random_flip=True, index=1)
+        np.testing.assert_array_equal(mirrored, expected[:, ::-1])
+
+
+def test_every_filter_of_the_configuration_is_known():
+    assert list(FILTERS) == [name.value for name in Interpolation]
+    assert {name: int(number) for name, number in FILTERS.items()} == PILLOWS_NUMBERS
+
+
+@pytest.mark.parametrize("name", PILLOWS_NUMBERS)
+@pytest.mark.parametrize("height, width", [(37, 53), (53, 37), (24, 61)])
+def test_random_crops_equal_torchvisions_at_the_place_drawn(name: str, height: int, width: int):
+    picture = Image.fromarray(noise(height, width))
+    places = covering_size(height, width, (24, 24))
+    references = [
+        as_torchvision(picture, 24, PILLOWS_NUMBERS[name], (top, left))
+        for top in range(places[0] - 23)
+        for left in range(places[1] - 23)
+    ]
+    for index in range(20):
+        drawn = transformed(picture, interpolation=name, center_crop=False, index=index)
+        assert any((drawn == reference).all() for reference in references)
+
+
+def test_sizes_are_torchvisions_for_every_shape():
+    """1 to 300 pixels, at the sides models are trained on; halves and thirds are among them."""
+    for side in (64, 512, 768):
+        for short in range(1, 300, 7):
+            for long in range(short, 32 * short, max(1, short // 3)):
+                expected = int(side * long / short)
+                assert covering_size(short, long, (side, side)) == (side, expected)
+                assert covering_size(long, short, (side, side)) == (expected, side)
 
 
 @pytest.mark.parametrize(
@@ -268,33 +331,36 @@ def test_resize_and_centre_crop_equal_pillow(name: str, height: int, width: int)
     ],
 )
 def test_sizes_are_torchvisions(height: int, width: int, resized: tuple[int, int]):
-    image = np.zeros((height, width, 3), np.uint8)
-    assert resize_shorter_side(image, 512, "nearest").shape[:2] == resized
+    assert covering_size(height, width, (512, 512)) == resized
+
+
+@pytest.mark.parametrize(
+    "height, width", [(100, 200), (200, 100), (383, 640), (64, 64), (385, 640)]
+)
+@pytest.mark.parametrize("size", [(384, 640), (640, 384), (512, 512)])
+def test_images_just_cover_other_shapes_too(height: int, width: int, size: tuple[int, int]):
+    covering = covering_size(height, width, size)
+    over = [got - wanted for got, wanted in zip(covering, size, strict=True)]
+    assert min(over) == 0 and max(over) >= 0
+    scale = max(size[0] / height, size[1] / width)
+    assert max(abs(covering[0] - height * scale), abs(covering[1] - width * scale)) < 1
+    assert transformed(noise(height, width), size).shape == (*size, 3)
 
 
 def test_centre_offsets_round_half_to_even():
-    assert center_offsets(512, 515, 512) == (0, 2)
-    assert center_offsets(513, 512, 512) == (0, 0)
-    assert center_offsets(519, 517, 512) == (4, 2)
+    assert center_offsets(512, 515, (512, 512)) == (0, 2)
+    assert center_offsets(513, 512, (512, 512)) == (0, 0)
+    assert center_offsets(519, 517, (512, 512)) == (4, 2)
 
 
 def test_random_crops_and_flips_follow_seed_epoch_and_index():
     image = noise(16, 40)
 
-    def cropped(seed: int = 0, epoch: int = 0, index: int = 0, flip: bool = False) -> np.ndarray:
-        return training_image(
-            image,
-            16,
-            interpolation="nearest",
-            center_crop=False,
-            random_flip=flip,
-            seed=seed,
-            epoch=epoch,
-            index=index,
-        )
+    def cropped(flip: bool = False, **changed: int) -> np.ndarray:
+        return transformed(image, 16, center_crop=False, random_flip=flip, **changed)
 
     def left(square: np.ndarray) -> int:
-        return next(x for x in range(25) if (crop(image, 16, 0, x) == square).all())
+        return next(x for x in range(25) if (image[:, x : x + 16] == square).all())
 
     lefts = [left(cropped(index=i)) for i in range(300)]
     assert set(lefts) == set(range(25)), "every place is drawn, the last included"

@@ -297,7 +297,7 @@ def test_photographs_become_the_pixels_diffusers_would_train_on(
 def test_sources_by_kind(tmp_path: Path):
     source = open_source(DATA, resolution=16)
     assert isinstance(source, ShapesSource) and len(source) == 10
-    assert source[0].image.shape == (16, 16, 3)
+    assert source[0].pixels.shape == (16, 16, 3)
     with pytest.raises(DataError, match=r"data\.num_examples=null"):
         open_source(replace(DATA, num_examples=None), resolution=16)
     folder = replace(DATA, kind=DataKind.imagefolder)

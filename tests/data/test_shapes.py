@@ -24,10 +24,10 @@ pytestmark = pytest.mark.fast
 
 def test_an_example_depends_on_its_index_alone() -> None:
     a, b = ShapesSource(100, 64), ShapesSource(1000, 64)
-    assert np.array_equal(a[7].image, b[7].image)
+    assert np.array_equal(a[7].pixels, b[7].pixels)
     assert a[7].captions == b[7].captions
-    assert not np.array_equal(a[7].image, a[8].image)
-    assert a[7].image.shape == (64, 64, 3)
+    assert not np.array_equal(a[7].pixels, a[8].pixels)
+    assert a[7].pixels.shape == (64, 64, 3)
     assert len(a) == 100
     with pytest.raises(IndexError):
         a[100]
@@ -105,7 +105,7 @@ def test_edges_are_smooth_and_insides_pure() -> None:
 def test_shapes_stay_inside_the_picture() -> None:
     source = ShapesSource(500, 64)
     for i in range(500):
-        image = source[i].image
+        image = source[i].pixels
         border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
         assert (border == border[0]).all()
 
