@@ -212,7 +212,8 @@ def make_evaluator(
     `evaluation_data` makes it."""
     batch = program.abstract_batch
     place, rows = sharding.batch_sharding(program.mesh), program.global_batch_size
-    images = jax.ShapeDtypeStruct((rows, resolution, resolution, 3), jnp.uint8, sharding=place)
+    side = resolution
+    images: Any = jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8, sharding=place)
     pixels = Batch(images, batch.tokens, batch.weights)
     known = program.encode if isinstance(program.encode, ByShape) else ByShape(program.encode, {})
     encode = known.knowing(program.abstract_frozen, pixels)
