@@ -13,6 +13,8 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.object_store import make_bucket, s3_server
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 CHECKED_PACKAGES = ["data", "diffusion", "models", "parallel", "sampling", "training", "weights"]
 
@@ -23,6 +25,19 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPOSITORY / ".pytest_cache" / "xl
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 # config is left out: OmegaConf reads its dataclasses while group fields still hold "???".
 install_import_hook([f"sdx.{name}" for name in CHECKED_PACKAGES], "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def s3_address() -> Iterator[str]:
+    """Where an S3 server of this process answers."""
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty bucket, with credentials in the environment."""
+    return make_bucket(s3_address, monkeypatch)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ Everything a run folder holds as text goes through here, except what is appended
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -15,32 +14,24 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from sdx.record.redact import redact
+from sdx.record.store import AnyPath, ObjectPath, write_bytes
 
 
 class DamagedRecord(ValueError):
     """A file of a run folder that something else than sdx has written to."""
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: AnyPath, text: str) -> None:
     """Replaces `path` in one act, secrets blotted out; a crash leaves the old or the new text."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(redact(text))
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut can leave the new name on an empty file
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_bytes(path, redact(text).encode())
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: AnyPath, value: Mapping[str, Any]) -> None:
     """Replaces `path` in one act; enums are written by member name, paths as text."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: AnyPath) -> dict[str, Any] | None:
     """The object in `path`, None without such a file; DamagedRecord if it is no JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -84,6 +75,6 @@ def now() -> str:
 def _plain(value: object) -> object:
     if isinstance(value, Enum):
         return value.name
-    if isinstance(value, PurePath):
+    if isinstance(value, PurePath | ObjectPath):
         return str(value)
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")

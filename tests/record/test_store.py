@@ -1,0 +1,154 @@
+"""Objects as paths: what is there, whole or not at all, and what is said where it fails."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdx.record import store
+from sdx.record.files import read_json, write_json, write_text
+from sdx.record.store import (
+    ObjectPath,
+    StoreError,
+    as_path,
+    local_copy,
+    remove_tree,
+    upload,
+)
+
+
+@pytest.fixture
+def root(bucket: str) -> ObjectPath:
+    path = as_path(f"{bucket}/runs//a/")
+    assert isinstance(path, ObjectPath)
+    return path
+
+
+@pytest.mark.fast
+def test_names_are_those_of_paths() -> None:
+    path = as_path("s3://bucket/runs//run.1/metrics.jsonl")
+    assert isinstance(path, ObjectPath)
+    assert str(path) == "s3://bucket/runs/run.1/metrics.jsonl"
+    assert (path.name, path.stem, path.suffix) == ("metrics.jsonl", "metrics", ".jsonl")
+    assert str(path.with_suffix("") / "1") == "s3://bucket/runs/run.1/metrics/1"
+    assert str(path.parent.parent.parent.parent) == "s3://bucket"
+    assert as_path("~/x") == Path("~/x").expanduser()
+    with pytest.raises(TypeError):
+        open(path)  # type: ignore[call-overload]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("ftp://host/x", "s3:// or gs://"),
+        ("s3://", "BUCKET"),
+        ("s3://key:canary-secret@bucket/x", "environment"),
+        ("s3://bucket/a/../b", r"\.\."),
+        ("s3://bucket/a?versionId=1", r"\?"),
+    ],
+)
+def test_urls_of_no_store_are_refused(url: str, said: str) -> None:
+    with pytest.raises(StoreError, match=said) as caught:
+        as_path(url)
+    assert "canary" not in str(caught.value)
+
+
+def test_objects_are_there_with_what_was_put_last(root: ObjectPath) -> None:
+    assert not root.exists() and not root.is_dir()
+    assert (list(root.iterdir()), root.files()) == ([], {})
+    path = root / "x.txt"
+    path.write_bytes(b"hello")
+    write_text(path, "größe, AKIAIOSFODNN7EXAMPLE")
+    assert path.read_text() == "größe, ***"
+    assert path.read_bytes(1, 2) == b"r" and path.size() == len(path.read_bytes())
+    write_json(root / "deep" / "a.json", {"path": path})
+    assert read_json(root / "deep" / "a.json") == {"path": str(path)}
+    assert read_json(root / "none.json") is None
+    assert [entry.name for entry in root.iterdir()] == ["deep", "x.txt"]
+    assert [entry.name for entry in root.glob("*.txt")] == ["x.txt"]
+    assert root.files().keys() == {"deep/a.json", "x.txt"}
+    assert path.is_file() and not path.is_dir() and (root / "deep").is_dir()
+    path.unlink()
+    path.unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError):
+        path.unlink()
+    assert not path.exists()
+
+
+def test_one_of_many_creates_an_object(root: ObjectPath) -> None:
+    (root / "lock").create(b"first")
+    with pytest.raises(FileExistsError, match="lock"):
+        (root / "lock").create(b"second")
+    assert (root / "lock").read_bytes() == b"first"
+
+
+def test_folders_go_there_and_come_back(root: ObjectPath, tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name, content in {"a/b/c": b"1" * 1000, "a/[d] e": b"2", "f": b""}.items():
+        (tmp_path / name).write_bytes(content)
+    upload(tmp_path, root / "tree")
+    assert (root / "tree").files() == {"a/[d] e": 1, "a/b/c": 1000, "f": 0}
+    with local_copy(root / "tree") as folder:
+        assert (folder / "a" / "b" / "c").read_bytes() == b"1" * 1000
+        assert (folder / "f").read_bytes() == b""
+    assert not folder.exists()
+    with local_copy(tmp_path) as folder:
+        assert folder == tmp_path
+    remove_tree(root / "tree")
+    remove_tree(root / "tree")
+    assert not root.exists()
+
+
+def test_a_missing_bucket_is_named(root: ObjectPath, tmp_path: Path) -> None:
+    elsewhere = as_path("s3://sdx-no-such-bucket/run")
+    assert isinstance(elsewhere, ObjectPath)
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="there is no s3://sdx-no-such-bucket; make it"):
+        (elsewhere / "x").write_bytes(b"")
+    with pytest.raises(StoreError, match="there is no s3://sdx-no-such-bucket; make it"):
+        upload(tmp_path, elsewhere)
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_trouble_that_passes_is_waited_for(
+    root: ObjectPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "x").write_bytes(b"1")
+    monkeypatch.setattr(store, "WAITS_S", (0.0, 0.0))
+    real, left = store._file_system, [0]
+
+    def failing(scheme: str, pid: int) -> object:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError("slow down")
+        return real(scheme, pid)
+
+    monkeypatch.setattr(store, "_file_system", failing)
+    left[0] = 2
+    assert store.patiently(root.files) == {"x": 1}
+    left[0] = 3
+    with pytest.raises(StoreError, match="cannot be reached .slow down"):
+        store.patiently(root.files)
+    left[0] = 0
+    with pytest.raises(FileNotFoundError):
+        store.patiently((root / "y").read_bytes)
+    assert left[0] == -1  # and what cannot pass is not tried again
+
+
+@pytest.mark.fast
+def test_a_missing_package_is_said_with_what_to_do() -> None:
+    """And local runs import nothing of it."""
+    script = """
+import sys
+from sdx.record import run, store
+assert not {"fsspec", "s3fs", "gcsfs", "botocore"} & set(sys.modules)
+sys.modules["s3fs"] = None
+try:
+    store.as_path("s3://bucket/x").exists()
+except store.StoreError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "needs the package s3fs" in done.stdout and "pip install 'sdx[s3]'" in done.stdout
