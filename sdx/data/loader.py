@@ -13,10 +13,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import parent_process
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float16, Float32, Int32, Int64, UInt8
@@ -25,7 +25,14 @@ from sdx.config.schema import DataConfig
 from sdx.data.captions import choose_caption
 from sdx.data.draws import shuffled
 from sdx.data.images import training_image
-from sdx.data.source import BadImage, BadImageError, DataError, Source, count_reasons
+from sdx.data.source import (
+    BadImage,
+    BadImageError,
+    DataError,
+    Example,
+    Source,
+    count_reasons,
+)
 from sdx.data.tokenizer import Tokenizer
 
 _NUM_THREADS = min(8, os.cpu_count() or 1)
@@ -74,15 +81,19 @@ def make_loader(
             f"train.global_batch_size={global_batch_size}: must be a multiple of the"
             f" {process_count} hosts; use {global_batch_size // process_count * process_count}."
         )
-    read = _ReadBatch(
+    rows = PixelRows(
         source=source,
         tokenizer=tokenizer,
         resolution=resolution,
         interpolation=data.interpolation.value,
         center_crop=data.center_crop,
         random_flip=data.random_flip,
-        shuffle=data.shuffle,
         caption_dropout=data.caption_dropout,
+        seed=seed,
+    )
+    read = _ReadBatch(
+        rows=rows,
+        shuffle=data.shuffle,
         seed=seed,
         global_batch_size=global_batch_size,
         first_row=global_batch_size // process_count * process_index,
@@ -105,7 +116,7 @@ class Loader(Iterator[HostBatch]):
         self, read: "_ReadBatch", start_step: int, *, num_workers: int, max_bad_fraction: float
     ):
         self.bad_images: dict[int, BadImage] = {}
-        self._num_examples = len(read.source)
+        self._num_examples = len(read.rows)
         self._max_bad_fraction = max_bad_fraction
         self._batches = _prefetched(read, start_step, num_workers)
 
@@ -144,13 +155,27 @@ class Loader(Iterator[HostBatch]):
             )
 
 
-@dataclass(frozen=True)
-class _ReadBatch:
-    """The step's part of this host, as a function; picklable for loader processes.
+Place = tuple[int, int]
+"""Epoch and index of one row."""
 
-    It returns a dict, since Grain moves the arrays of a dict, not those of a dataclass, through
-    shared memory.
-    """
+
+@runtime_checkable
+class Rows(Protocol):
+    """What rows of a batch are read with; picklable for loader processes."""
+
+    def __len__(self) -> int:
+        """Examples in an epoch."""
+        ...
+
+    def read(self, places: Sequence[Place]) -> tuple[dict[str, np.ndarray], dict[int, BadImage]]:
+        """Tokens, and images or what is cached of them, by their names in `HostBatch`; and by its
+        index each example that could not be read, whose row is empty."""
+        ...
+
+
+@dataclass(frozen=True)
+class PixelRows:
+    """Images and tokens of a source."""
 
     source: Source
     tokenizer: Tokenizer
@@ -158,40 +183,36 @@ class _ReadBatch:
     interpolation: str
     center_crop: bool
     random_flip: bool
-    shuffle: bool
     caption_dropout: float
     seed: int
-    global_batch_size: int
-    first_row: int
-    num_rows: int
 
-    def __call__(self, step: int) -> dict[str, Any]:
-        side = self.resolution
-        images = np.zeros((self.num_rows, side, side, 3), np.uint8)
-        weights = np.ones(self.num_rows, np.float32)
-        captions = [""] * self.num_rows
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, places: Sequence[Place]) -> tuple[dict[str, np.ndarray], dict[int, BadImage]]:
+        """As `Rows`; an empty row is black and has the empty caption."""
+        images = np.zeros((len(places), self.resolution, self.resolution, 3), np.uint8)
+        captions = [""] * len(places)
         bad: dict[int, BadImage] = {}
-        places = self._places(step)
         for row, (epoch, index) in enumerate(places):
             try:
-                images[row], captions[row] = self._read(epoch, index)
+                example = self.source[index]
             except BadImageError as error:
-                weights[row] = 0
                 bad[index] = BadImage(error.path, error.reason, error.detail)
-        epochs, indices = np.asarray(places, np.int64).T
-        return {
-            "step": step,
-            "images": images,
-            "tokens": self.tokenizer.encode(captions),
-            "weights": weights,
-            "indices": indices,
-            "epochs": epochs,
-            "bad_images": bad,
-        }
+                continue
+            images[row] = self.image(example, epoch, index)
+            captions[row] = choose_caption(
+                example.captions,
+                dropout=self.caption_dropout,
+                seed=self.seed,
+                epoch=epoch,
+                index=index,
+            )
+        return {"images": images, "tokens": self.tokenizer.encode(captions)}, bad
 
-    def _read(self, epoch: int, index: int) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
-        example = self.source[index]
-        image = training_image(
+    def image(self, example: Example, epoch: int, index: int) -> UInt8[np.ndarray, "H W 3"]:
+        """What the model is shown of the example at `index` in this epoch."""
+        return training_image(
             example.picture,
             (self.resolution, self.resolution),
             interpolation=self.interpolation,
@@ -201,19 +222,40 @@ class _ReadBatch:
             epoch=epoch,
             index=index,
         )
-        caption = choose_caption(
-            example.captions,
-            dropout=self.caption_dropout,
-            seed=self.seed,
-            epoch=epoch,
-            index=index,
-        )
-        return image, caption
 
-    def _places(self, step: int) -> list[tuple[int, int]]:
+
+@dataclass(frozen=True)
+class _ReadBatch:
+    """The step's part of this host, as a function; picklable for loader processes.
+
+    It returns a dict, since Grain moves the arrays of a dict, not those of a dataclass, through
+    shared memory.
+    """
+
+    rows: Rows
+    shuffle: bool
+    seed: int
+    global_batch_size: int
+    first_row: int
+    num_rows: int
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        places = self._places(step)
+        arrays, bad = self.rows.read(places)
+        epochs, indices = np.asarray(places, np.int64).T
+        return {
+            **arrays,
+            "step": step,
+            "weights": np.array([index not in bad for _, index in places], np.float32),
+            "indices": indices,
+            "epochs": epochs,
+            "bad_images": bad,
+        }
+
+    def _places(self, step: int) -> list[Place]:
         """Epoch and index of each of this host's rows."""
         first = step * self.global_batch_size + self.first_row
-        length = len(self.source)
+        length = len(self.rows)
         places = []
         for position in range(first, first + self.num_rows):
             epoch, offset = divmod(position, length)
