@@ -1,4 +1,4 @@
-"""Which caption an example is trained with."""
+"""The captions of an example, and which of them it is trained with."""
 
 from collections.abc import Sequence
 
@@ -18,3 +18,22 @@ def choose_caption(
     if len(captions) == 1:
         return captions[0]
     return captions[randint("caption", len(captions), seed=seed, epoch=epoch, index=index)]
+
+
+def caption_texts(value: object, column: str) -> tuple[str, ...]:
+    """The captions in a cell: a text, or a list of texts; blank ones do not count.
+
+    ValueError says what is no text.
+    """
+    texts = value if isinstance(value, list) else [value]
+    captions = []
+    for text in texts:
+        if text is not None and not isinstance(text, str):
+            raise ValueError(
+                f"{column} is a {type(text).__name__}, must be a text or a list of texts"
+            )
+        if text and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{column} holds half a surrogate pair, which is no text")
+        if text and text.strip():
+            captions.append(text.strip())
+    return tuple(captions)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from sdx.data.captions import caption_texts
 from sdx.data.source import BadImageError, DataError
 
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -55,9 +56,9 @@ def read_table(table: Path, root: Path, caption_column: str) -> dict[Path, Liste
                     f" {listed[image].place.rpartition(':')[2]}; give several captions as a list"
                     " in metadata.jsonl"
                 )
-            captions = _captions(row.get(caption_column), caption_column)
+            captions = caption_texts(row.get(caption_column), caption_column)
             listed[image] = Listed(captions, f"{table}:{line}")
-        except _RowFault as fault:
+        except ValueError as fault:
             faults.append(f"{table}:{line}: {fault}")
     if faults:
         raise DataError(_first(faults))
@@ -191,26 +192,6 @@ def _image_path(name: object, folder: Path, root: Path) -> Path:
     except DataError as error:
         raise _RowFault(str(error).rstrip(".")) from error
     return path
-
-
-def _captions(value: object, column: str) -> tuple[str, ...]:
-    """The captions of a cell: a text, or a list of texts; blank ones do not count."""
-    texts = value if isinstance(value, list) else [value]
-    captions = []
-    for text in texts:
-        if text is not None and not isinstance(text, str):
-            raise _RowFault(
-                f"{column} is a {type(text).__name__}, must be a text or a list of texts"
-            )
-        if text and _has_half_surrogate(text):
-            raise _RowFault(f"{column} holds half a surrogate pair, which is no text")
-        if text and text.strip():
-            captions.append(text.strip())
-    return tuple(captions)
-
-
-def _has_half_surrogate(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _first(faults: list[str]) -> str:

@@ -6,12 +6,12 @@ and batching are the loader's business.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 from PIL import Image
 
 
@@ -43,7 +43,8 @@ class Source(Protocol):
     are.
 
     `__getitem__` raises `BadImageError` for an example that can no longer be read; the loader gives
-    it weight 0.
+    it weight 0. A source may also have `sizes`, its images' heights and widths in pixels;
+    `bad_images`, what it left out; and `provenance`, what a run notes of where it came from.
     """
 
     @property
@@ -85,29 +86,44 @@ class DataError(ValueError):
         self.bad_images = tuple(bad_images)
 
 
-class FirstExamples:
-    """The first examples of a source, which has at least one."""
+class Part:
+    """The examples of a source whose indices are in `rows`."""
 
-    def __init__(self, source: Source, num_examples: int):
+    def __init__(self, source: Source, rows: range):
         self._source = source
-        self._length = min(num_examples, len(source))
+        self._rows = rows
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._rows)
 
     def __getitem__(self, index: int, /) -> Example:
-        if not 0 <= index < self._length:
+        if not 0 <= index < len(self._rows):
             raise IndexError(index)
-        return self._source[index]
+        return self._source[self._rows[index]]
 
     @property
     def fingerprint(self) -> str:
-        return f"{self._source.fingerprint}[:{self._length}]"
+        return f"{self._source.fingerprint}[{self._rows.start}:{self._rows.stop}]"
+
+    @property
+    def sizes(self) -> Int32[np.ndarray, "n 2"]:
+        """Heights and widths, where the whole source knows them."""
+        return cast(Any, self._source).sizes[self._rows.start : self._rows.stop]
 
     @property
     def bad_images(self) -> Sequence[BadImage]:
         """What the whole source left out."""
         return getattr(self._source, "bad_images", ())
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Where the whole source came from."""
+        return getattr(self._source, "provenance", {})
+
+
+def first_examples(source: Source, num_examples: int) -> Source:
+    """The source, or its first examples where it has more."""
+    return source if num_examples >= len(source) else Part(source, range(num_examples))
 
 
 def count_reasons(bad_images: Sequence[BadImage]) -> str:

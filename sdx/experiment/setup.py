@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from sdx.config import resolve
 from sdx.config.identity import run_folder_name
-from sdx.config.schema import Config, Init, ModelConfig, WeightsDtype
-from sdx.data.source import DataError, FirstExamples, Source
+from sdx.config.schema import Config, Init, ModelConfig, OptimizerKind, WeightsDtype
+from sdx.data.source import DataError, Source, first_examples
 from sdx.data.sources import open_source
 from sdx.data.tokenizer import Tokenizer, load_tokenizer
 from sdx.experiment.adopt import adopt
@@ -87,7 +87,7 @@ def prepare(config: Config) -> Setup:
     )
     source = open_source(config.data, resolution=resolve.resolution(config))
     if config.train.max_samples is not None:
-        source = FirstExamples(source, config.train.max_samples)
+        source = first_examples(source, config.train.max_samples)
     return Setup(
         config=config,
         mesh=mesh,
@@ -151,6 +151,16 @@ def lost_precision(config: Config) -> str | None:
         "model.weights_dtype=bfloat16: a change below 1/512 of a weight is lost, so that many never"
         " move at usual learning rates, nor does their average. float32 keeps them, and"
         " model.activations_dtype=bfloat16 computes as fast."
+    )
+
+
+def bold_rate(config: Config) -> str | None:
+    """What is said of an optimizer whose learning rates are not AdamW's; None where they are."""
+    if config.optimizer.kind is not OptimizerKind.lion:
+        return None
+    return (
+        f"optimizer=lion moves every weight by the whole rate, optimizer.lr={config.optimizer.lr:g}"
+        ", at each update: AdamW's rates are 3 to 10 times too large for it"
     )
 
 

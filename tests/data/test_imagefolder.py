@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdx.data.imagefolder import ImageFolderSource
+from sdx.config.splits import Split
+from sdx.data.checked import CheckedSource
+from sdx.data.imagefolder import ImageFolderRecords
 from sdx.data.source import BadImageError, DataError
 
 pytestmark = pytest.mark.fast
@@ -50,11 +52,10 @@ def opened(
     max_pixels: int = 10_000,
     say: Callable[[str], None] = lambda line: None,
     scan_cache: Path | None = None,
-) -> ImageFolderSource:
-    return ImageFolderSource(
-        folder,
-        split=split,
-        caption_column=caption_column,
+) -> CheckedSource:
+    return CheckedSource(
+        ImageFolderRecords(folder, split=split, caption_column=caption_column),
+        Split(split),
         max_bad_fraction=max_bad_fraction,
         max_pixels=max_pixels,
         say=say,
@@ -62,7 +63,7 @@ def opened(
     )
 
 
-def captions(source: ImageFolderSource) -> list[tuple[str, ...]]:
+def captions(source: CheckedSource) -> list[tuple[str, ...]]:
     return [source[i].captions for i in range(len(source))]
 
 
@@ -145,9 +146,9 @@ def test_one_table_above_the_splits(folder: Path):
 
 def test_missing_folder_has_four_parts(folder: Path):
     message = refusal(folder / "absent")
-    assert message.startswith(f"data.dir={folder}/absent: no such folder, must be a folder")
+    assert message.startswith(f"data.dir={folder}/absent: no such folder, must be the folder")
     assert "give the path" in message
-    assert "a file, must be a folder" in refusal(add(folder / "a.png"))
+    assert "a file, must be the folder" in refusal(add(folder / "a.png"))
 
 
 def test_empty_folder(folder: Path):
@@ -380,9 +381,13 @@ def test_fingerprint_follows_content(folder: Path):
     third = opened(folder).fingerprint
     Image.effect_noise((64, 64), 99).save(folder / "b.png")
     fourth = opened(folder).fingerprint
+    assert len({first, second, third, fourth}) == 4
     (folder / "b.png").rename(folder / "c.png")
     (folder / "b.txt").rename(folder / "c.txt")
-    assert len({first, second, third, fourth, opened(folder).fingerprint}) == 5
+    assert opened(folder).fingerprint == fourth, "the examples are what they were"
+    (folder / "c.png").rename(folder / "0.png")
+    (folder / "c.txt").rename(folder / "0.txt")
+    assert opened(folder).fingerprint != fourth, "they come in another order"
     shutil.copytree(folder, folder.parent / "copy")
     assert opened(folder.parent / "copy").fingerprint == opened(folder).fingerprint
 
@@ -399,16 +404,14 @@ def test_an_image_that_vanishes_is_bad_late(folder: Path):
 def test_the_check_is_remembered_until_a_file_changes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from sdx.data import imagefolder
-
     decoded: list[str] = []
+    image = ImageFolderRecords.image
 
-    def counted(path: Path, *, max_pixels: int) -> Image.Image:
-        decoded.append(path.name)
-        return decode(path, max_pixels=max_pixels)
+    def read(self: ImageFolderRecords, index: int) -> bytes:
+        decoded.append(self.name(index))
+        return image(self, index)
 
-    decode = imagefolder.decode
-    monkeypatch.setattr(imagefolder, "decode", counted)
+    monkeypatch.setattr(ImageFolderRecords, "image", read)
     cache = tmp_path / "cache"
 
     def check(max_pixels: int = 10_000) -> tuple[list[str], list[str]]:
