@@ -5,23 +5,18 @@ positions [k·B, (k+1)·B) of that line, B the global batch size. So a batch may
 epoch and the beginning of the next, no example is dropped, each is seen exactly once an epoch, and
 the batch of step k is a function of (seed, k) alone: a resume needs only the step. A host takes the
 part of the batch at its place; other hosts or more of them change no batch.
-
-Grain is imported when a loader is made: its import takes over a second.
 """
 
 import os
-import signal
-import sys
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import parent_process
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float16, Float32, Int32, Int64, UInt8
 
 from sdx.config.schema import DataConfig
+from sdx.data.ahead import Ahead, Overdue
 from sdx.data.captions import choose_caption
 from sdx.data.draws import shuffled
 from sdx.data.images import training_image
@@ -34,9 +29,9 @@ from sdx.data.source import (
     count_reasons,
 )
 from sdx.data.tokenizer import Tokenizer
+from sdx.data.workers import Workers
 
 _NUM_THREADS = min(8, os.cpu_count() or 1)
-_NUM_WORKER_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -100,29 +95,47 @@ def make_loader(
         num_rows=global_batch_size // process_count,
     )
     return Loader(
-        read, start_step, num_workers=data.num_workers, max_bad_fraction=data.max_bad_fraction
+        read,
+        start_step,
+        num_workers=data.num_workers,
+        max_bad_fraction=data.max_bad_fraction,
+        timeout_s=data.worker_timeout_s,
     )
 
 
 class Loader(Iterator[HostBatch]):
     """Batches in order; `close` stops its threads and processes. Also a context manager.
 
-    An error while reading is raised by `__next__` with its traceback, and so is the death of a
-    loader process. Images that became unreadable are kept in `bad_images`; more than
-    `max_bad_fraction` of all raise `DataError`.
+    An error while reading is raised by `__next__` with its traceback. `DataError` is raised where a
+    loader process died, where no batch came for `timeout_s`, and where more than `max_bad_fraction`
+    of all images became unreadable; those are kept in `bad_images`.
     """
 
     def __init__(
-        self, read: "_ReadBatch", start_step: int, *, num_workers: int, max_bad_fraction: float
+        self,
+        read: "_ReadBatch",
+        start_step: int,
+        *,
+        num_workers: int,
+        max_bad_fraction: float,
+        timeout_s: float,
     ):
         self.bad_images: dict[int, BadImage] = {}
         self._num_examples = len(read.rows)
         self._max_bad_fraction = max_bad_fraction
-        self._batches = _prefetched(read, start_step, num_workers)
+        self._timeout_s = timeout_s
+        self._workers = Workers(read, start_step, num_workers) if num_workers else None
+        self._batches: Ahead[dict[str, Any]] = Ahead(
+            read if self._workers is None else self._workers.read,
+            start_step,
+            num_threads=1 if num_workers else _NUM_THREADS,
+            timeout_s=timeout_s,
+            name="sdx-loader",
+        )
 
     def __next__(self) -> HostBatch:
         try:
-            fields = next(self._batches)
+            fields = self._next()
             bad: dict[int, BadImage] = fields.pop("bad_images")
             self._count(bad)
         except BaseException:
@@ -134,12 +147,33 @@ class Loader(Iterator[HostBatch]):
     def close(self) -> None:
         """Stops reading ahead. Batches handed out stay valid; no more can be asked for."""
         self._batches.close()
+        if self._workers is not None:
+            self._workers.close()
 
     def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _next(self) -> dict[str, Any]:
+        try:
+            return next(self._batches)
+        except Overdue as overdue:
+            stack = overdue.stack if self._workers is None else self._workers.stacks()
+            self._abandon()
+            raise DataError(
+                f"data.worker_timeout_s={self._timeout_s:g}: no batch for step {overdue.number}"
+                " came in that time. What is read hangs (a mounted or remote file system?) or takes"
+                " longer than that: see to it or raise the limit, and start again; the run goes on"
+                f" from its last checkpoint. Where reading stands:\n{stack}"
+            ) from None
+
+    def _abandon(self) -> None:
+        """Ends without waiting for what hangs."""
+        self._batches.close(join_s=0)
+        if self._workers is not None:
+            self._workers.kill()
 
     def _count(self, bad: dict[int, BadImage]) -> None:
         self.bad_images |= bad
@@ -226,7 +260,7 @@ class PixelRows:
 
 @dataclass(frozen=True)
 class _ReadBatch:
-    """The step's part of this host, as a function; picklable for loader processes.
+    """This host's part of a step's batch, as a function; picklable for loader processes.
 
     It returns a dict, since Grain moves the arrays of a dict, not those of a dataclass, through
     shared memory.
@@ -263,40 +297,3 @@ class _ReadBatch:
                 offset = shuffled(offset, length, seed=self.seed, epoch=epoch)
             places.append((epoch, offset))
         return places
-
-
-def _prefetched(read: _ReadBatch, start_step: int, num_workers: int) -> Any:
-    """Grain's iterator over the batches: read by threads, or by processes that have threads."""
-    import grain
-    from absl import flags
-
-    num_threads = _NUM_WORKER_THREADS if num_workers else _NUM_THREADS
-    steps = grain.MapDataset.range(start_step, sys.maxsize)
-    batches = steps.map(read).to_iter_dataset(
-        grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads)
-    )
-    if num_workers:
-        if not flags.FLAGS.is_parsed():  # Grain reads a flag here, and nothing in sdx parses them
-            flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=num_workers), worker_init_fn=_bind_to_parent
-        )
-    return iter(batches)
-
-
-def _bind_to_parent(worker_index: int, num_workers: int) -> None:
-    """Makes a loader process end when the trainer does, however that ends, and never by Ctrl-C.
-
-    Without it, workers of a trainer killed with -9 wait for ever on a full queue; and an interrupt
-    from the terminal, which reaches the whole group, would end the workers before the trainer has
-    saved.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    assert parent is not None, "runs in a spawned process"
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, name="end with parent", daemon=True).start()
