@@ -61,7 +61,7 @@ class Gallery:
 
     def plot_loss(self, step: int) -> None:
         """`loss.png` and the sinks: the curve of every row of metrics.jsonl."""
-        rows = read_metrics(self._paths.metrics)
+        rows = [row for row in read_metrics(self._paths.metrics) if "loss" in row]
         if jax.process_index() != 0 or not rows:
             return
         steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]

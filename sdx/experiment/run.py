@@ -31,7 +31,8 @@ from sdx.experiment.exporting import (
 )
 from sdx.experiment.gallery import Gallery
 from sdx.experiment.publishing import PublishError
-from sdx.experiment.setup import REFUSALS, Setup, lost_precision, prepare
+from sdx.experiment.setup import REFUSALS, Setup, bold_rate, lost_precision, prepare
+from sdx.experiment.validating import Validator, continue_history
 from sdx.parallel.memory import keep_freed_memory
 from sdx.parallel.stopping import EXIT_INTERRUPTED, StopFlag
 from sdx.pipeline import Params, Pipeline, make_pipeline
@@ -42,6 +43,7 @@ from sdx.record.metrics import truncate_after
 from sdx.record.paths import RunPaths
 from sdx.record.run import AlreadyFinished, Change, RunRecord, start
 from sdx.record.status import Status, read_status
+from sdx.record.validation import ValidationHistory, read_history
 from sdx.sampling.denoise import SamplingStopped
 from sdx.training.checkpoint import (
     Checkpointer,
@@ -49,7 +51,8 @@ from sdx.training.checkpoint import (
     NoValidCheckpoint,
     restore_step,
 )
-from sdx.training.loop import Cadence, Outcome, train
+from sdx.training.evaluation import Evaluator, evaluation_data, make_evaluator, num_measured
+from sdx.training.loop import Cadence, Outcome, Validate, train
 from sdx.training.metrics import (
     MetricSink,
     ProgressLine,
@@ -59,6 +62,7 @@ from sdx.training.metrics import (
     Workload,
     make_sinks,
 )
+from sdx.training.profile import StepTracer
 from sdx.training.program import Program, build
 from sdx.training.state import TrainState, sampling_params
 from sdx.weights.load import LOADERS
@@ -67,7 +71,7 @@ FINISHED, FAILED, REFUSED = 0, 1, 2
 
 
 # Which arrays a state holds, and in which type.
-_STATE_PARTS = ("train.text_encoder", "train.ema", "model.weights_dtype")
+_STATE_PARTS = ("train.text_encoder", "train.ema", "model.weights_dtype", "optimizer.kind")
 
 
 class FolderLost(RuntimeError):
@@ -219,13 +223,15 @@ class Attempt:
     def run(self) -> int:
         """Everything from compiling to the last picture; returns the exit code."""
         self.say(_headline(self.setup))
-        if (warning := lost_precision(self.setup.config)) is not None:
-            self.say(warning)
+        for warning in (lost_precision(self.setup.config), bold_rate(self.setup.config)):
+            if warning is not None:
+                self.say(warning)
         try:
             with self.stop.compiling():
                 program = self._compile()
                 frozen = self._load_frozen(program)
-            return self._train(program, frozen)
+                evaluator = self._evaluator(program, frozen)
+            return self._train(program, frozen, evaluator)
         except SamplingStopped:
             return self._interrupted(self.record.step)
 
@@ -262,15 +268,41 @@ class Attempt:
             for name, like in abstract.items()
         }
 
-    def _train(self, program: Program, frozen: Params) -> int:
+    def _evaluator(self, program: Program, frozen: Params) -> Evaluator | None:
+        """What measures the validation loss, compiled; None with eval.every=null."""
+        setup, config = self.setup, self.setup.config
+        if setup.validation is None:
+            return None
+        size, num_batches = program.global_batch_size, config.eval.num_batches
+        with heal_compilation_cache(config.run.compilation_cache_dir):
+            return make_evaluator(
+                program,
+                frozen,
+                setup.validation,
+                setup.tokenizer,
+                evaluation_data(config.data, config.eval.split),
+                resolution=resolve.resolution(config),
+                num_examples=num_measured(setup.validation, num_batches, size),
+                num_buckets=config.eval.num_buckets,
+            )
+
+    def _train(self, program: Program, frozen: Params, evaluator: Evaluator | None) -> int:
         setup, config, paths = self.setup, self.setup.config, self.setup.paths
-        checkpointer = Checkpointer(paths.checkpoints, keep=config.checkpoint.keep, say=self.say)
+        history = read_history(paths.run)
+        checkpointer = Checkpointer(
+            paths.checkpoints,
+            keep=config.checkpoint.keep,
+            best=lambda steps: history.best(steps, config.checkpoint.keep_best or 0),
+            say=self.say,
+        )
         with closing(checkpointer):
             state = self._first_state(program, checkpointer)
             first_step = int(state.step)
             self._note_bad_images()
             self.record.begin(first_step, truncate_after(paths.metrics, first_step))
             _remove_later_pictures(paths, first_step)
+            of = None if evaluator is None else evaluator.of
+            continue_history(history, self.record, of, first_step, self.say)
             sinks = make_sinks(config.metrics.sinks, paths, first_step=first_step + 1)
             pipeline = self._pipeline(program, frozen)
             gallery = Gallery(config, paths, pipeline, sinks, lambda: self.stop.requested)
@@ -289,13 +321,20 @@ class Attempt:
                     state,
                     frozen,
                     loader,
-                    Cadence(setup.max_steps, config.sample.every, config.checkpoint),
+                    Cadence(
+                        setup.max_steps, config.sample.every, config.checkpoint, config.eval.every
+                    ),
                     checkpointer=checkpointer,
                     reporter=self._reporter(program, sinks),
                     should_stop=lambda step: self._should_stop(),
                     draw=gallery.draw_grid,
+                    validate=self._validator(evaluator, history, sinks),
+                    tracer=StepTracer(
+                        config.profiler, paths.profile(self.record.attempt), self.say
+                    ),
                 )
-            self._note_bad_images(loader.bad_images.values())
+            late = {} if evaluator is None else evaluator.bad_images
+            self._note_bad_images([*loader.bad_images.values(), *late.values()])
             self.progress.close()
             if outcome.is_interrupted:
                 return self._interrupted(outcome.step)
@@ -307,6 +346,20 @@ class Attempt:
         self.say(f"finished {outcome.step} steps: {paths.root}")
         self.record.finish(Status.finished, step=outcome.step)
         return FINISHED
+
+    def _validator(
+        self, evaluator: Evaluator | None, history: ValidationHistory, sinks: Sequence[MetricSink]
+    ) -> Validate:
+        if evaluator is None:
+            return lambda step, params: None
+        return Validator(
+            evaluator,
+            history,
+            self.record,
+            sinks,
+            say=self.say,
+            should_stop=lambda: self.stop.requested,
+        )
 
     def _first_state(self, program: Program, checkpointer: Checkpointer) -> TrainState:
         """In this order: the run's own newest checkpoint, the run it forks, weights, chance."""
@@ -396,7 +449,9 @@ class Attempt:
         """`bad_images.jsonl`: what the scan left out and what became unreadable since."""
         path = self.setup.paths.bad_images
         known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        bad = [*getattr(self.setup.source, "bad_images", ()), *late]
+        sources = (self.setup.source, self.setup.validation)
+        scanned = [image for source in sources for image in getattr(source, "bad_images", ())]
+        bad = [*scanned, *late]
         lines = [json.dumps(asdict(image), ensure_ascii=False) for image in bad]
         if lines:
             write_text(path, "\n".join(dict.fromkeys([*known, *lines])) + "\n")

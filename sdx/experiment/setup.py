@@ -19,6 +19,7 @@ from sdx.experiment.adopt import adopt
 from sdx.experiment.compilation_cache import use_compilation_cache
 from sdx.experiment.publishing import check_can_publish
 from sdx.experiment.unet_checkpoint import RunUNet, open_unet_checkpoint
+from sdx.experiment.validating import open_validation
 from sdx.parallel.mesh import MeshError, claim_devices, make_mesh
 from sdx.record.files import DamagedRecord, read_json
 from sdx.record.lock import RefusedStart
@@ -50,6 +51,8 @@ class Setup:
     config: Config
     mesh: Mesh
     source: Source
+    validation: Source | None
+    """What the validation loss is measured on; None with eval.every=null."""
     tokenizer: Tokenizer
     weights: ModelFiles
     """The model: autoencoder and text encoder, and the UNet where nothing else is said of it."""
@@ -86,12 +89,14 @@ def prepare(config: Config) -> Setup:
         num_embeddings=text_encoder.vocab_size,
     )
     source = open_source(config.data, resolution=resolve.resolution(config))
+    validation = open_validation(config, source)
     if config.train.max_samples is not None:
         source = first_examples(source, config.train.max_samples)
     return Setup(
         config=config,
         mesh=mesh,
         source=source,
+        validation=validation,
         tokenizer=tokenizer,
         weights=weights,
         unet=unet,

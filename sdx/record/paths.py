@@ -2,64 +2,73 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
+
+from sdx.record.store import ObjectPath
+
+Root = TypeVar("Root", Path, ObjectPath)
 
 
 @dataclass(frozen=True)
-class RunPaths:
-    root: Path
+class RunPaths(Generic[Root]):
+    root: Root
 
     @property
-    def config(self) -> Path:
+    def config(self) -> Root:
         return self.root / "config.yaml"
 
     @property
-    def run(self) -> Path:
+    def run(self) -> Root:
         return self.root / "run.json"
 
     @property
-    def status(self) -> Path:
+    def status(self) -> Root:
         return self.root / "status.json"
 
     @property
-    def lock(self) -> Path:
+    def lock(self) -> Root:
         return self.root / "lock.json"
 
     @property
-    def metrics(self) -> Path:
+    def metrics(self) -> Root:
         return self.root / "metrics.jsonl"
 
     @property
-    def tensorboard(self) -> Path:
+    def tensorboard(self) -> Root:
         return self.root / "tensorboard"
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> Root:
         return self.root / "checkpoints"
 
     @property
-    def samples(self) -> Path:
+    def samples(self) -> Root:
         return self.root / "samples"
 
     @property
-    def attempts(self) -> Path:
+    def attempts(self) -> Root:
         return self.root / "attempts"
 
     @property
-    def loss_plot(self) -> Path:
+    def loss_plot(self) -> Root:
         return self.root / "loss.png"
 
     @property
-    def export(self) -> Path:
+    def export(self) -> Root:
         return self.root / "export"
 
     @property
-    def log(self) -> Path:
+    def log(self) -> Root:
         return self.root / "log.txt"
 
     @property
-    def bad_images(self) -> Path:
+    def bad_images(self) -> Root:
         return self.root / "bad_images.jsonl"
 
-    def patch(self, attempt: int) -> Path:
+    def patch(self, attempt: int) -> Root:
         """Uncommitted changes of the source tree when that attempt started."""
         return self.attempts / f"{attempt}.patch"
+
+    def profile(self, attempt: int) -> Root:
+        """Traces of that attempt, as TensorBoard's profile plugin looks for them."""
+        return self.root / "profile" / str(attempt)

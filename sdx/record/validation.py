@@ -8,21 +8,24 @@ the best is known as such after a kill. `of` names the examples; losses of other
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from sdx.record.files import read_json
+from sdx.record.store import AnyPath
 
 
 @dataclass
 class ValidationHistory:
     """Losses by step, ascending; one that was not finite is NaN and never the best."""
 
-    of: str
+    of: str = ""
     losses: dict[int, float] = field(default_factory=dict)
 
     def best(self, steps: Iterable[int], count: int = 1) -> list[int]:
         """At most `count` of these steps, lowest loss first; those never measured do not count."""
-        losses = dict(self.losses)  # the training thread may add to it meanwhile
+        losses = dict(self.losses)  # training may add to it while a save asks
         known = [step for step in steps if math.isfinite(losses.get(step, math.nan))]
         return sorted(known, key=lambda step: (losses[step], step))[:count]
 
@@ -43,11 +46,11 @@ class ValidationHistory:
         }
 
 
-def validation_history(record: Mapping[str, Any] | None) -> ValidationHistory | None:
-    """What run.json says of it; None where nothing was ever measured."""
-    fields = (record or {}).get("validation")
+def read_history(run: AnyPath) -> ValidationHistory:
+    """What the run.json at `run` says of it; empty where nothing was ever measured."""
+    fields = (read_json(run) or {}).get("validation")
     if fields is None:
-        return None
+        return ValidationHistory()
     known = sorted((int(step), loss) for step, loss in fields["losses"].items())
     losses = {step: math.nan if loss is None else loss for step, loss in known}
     return ValidationHistory(fields["of"], losses)

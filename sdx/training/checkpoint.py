@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -30,6 +30,7 @@ from jax.experimental import multihost_utils
 State = TypeVar("State")  # a pytree of arrays with a leaf called `step`
 Found = TypeVar("Found")
 Say = Callable[[str], None]
+Pick = Callable[[Sequence[int]], Sequence[int]]
 FileProof = list[Any]  # [sha256, bytes]: as JSON gives it back
 ArrayKind = list[Any]  # [shape, dtype]
 
@@ -58,13 +59,15 @@ class Checkpointer:
     """Saves and restores the state of one run in `folder` (`RUN/checkpoints`).
 
     One process owns the folder, or one set of JAX processes that all make the same calls; `say`
-    gets one line for people when something is wrong with it.
+    gets one line for people when something is wrong with it. The newest `keep` steps stay, and
+    those that `best` picks of all that are there; it is called in another thread.
     """
 
-    def __init__(self, folder: Path, *, keep: int, say: Say) -> None:
+    def __init__(self, folder: Path, *, keep: int, say: Say, best: Pick = lambda steps: []) -> None:
         assert keep >= 2, "checkpoint.keep: the only good step must never be the one to replace"
         self.folder = folder.absolute()
         self._keep = keep
+        self._best = best
         self._say = say
         self._orbax = ocp.StandardCheckpointer()
         self._proving: threading.Thread | None = None
@@ -152,7 +155,8 @@ class Checkpointer:
             shutil.rmtree(saving, ignore_errors=True)  # a full disk needs the space
 
     def _remove_old(self) -> None:
-        for step in self.steps()[: -self._keep]:
+        steps = self.steps()
+        for step in sorted({*steps[: -self._keep]} - {*self._best(steps)}):
             doomed = self.folder / f"{_SAVING}{step}.old"
             os.rename(self.folder / str(step), doomed)  # a kill must not leave half of a step
             shutil.rmtree(doomed)

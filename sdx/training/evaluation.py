@@ -128,6 +128,11 @@ class Evaluator:
     bad_images: dict[int, BadImage] = field(default_factory=dict)
     """Found unreadable while measuring, by index; they count nothing."""
 
+    @property
+    def of(self) -> str:
+        """Names the examples: only losses of the same ones are compared."""
+        return f"{self.source.fingerprint}[:{self.num_examples}]"
+
     def __call__(
         self, params: Params, should_stop: Callable[[], bool] = lambda: False
     ) -> ValidationLoss | None:

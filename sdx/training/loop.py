@@ -1,7 +1,8 @@
 """The loop: data, encode, step, and what happens every N steps. Everything it touches is handed in.
 
-Order after a step: metrics of the step before, pictures, checkpoint. Metrics of a step are written
-before it is saved, so that a run that continues from a checkpoint has every row up to it. A state
+Order after a step: metrics of the step before, validation loss, pictures, checkpoint. Metrics of a
+step are written before it is saved, so that a run that continues from a checkpoint has every row up
+to it; it is measured before it is saved, so that the best checkpoints are known. A state
 is fit to be saved whatever its newest step was: a step that was not finite left weights, moments
 and average untouched, and the counters say it happened; refusing to save in such a stretch would
 only lose the good steps before it.
@@ -9,8 +10,9 @@ only lose the good steps before it.
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jax.experimental import multihost_utils
 
@@ -23,6 +25,9 @@ from sdx.training.state import Params, TrainState, sampling_params
 Draw = Callable[[int, Params], None]
 """(step, weights) to pictures on disk; does nothing where they already are."""
 
+Validate = Callable[[int, Params], None]
+"""(step, weights) to a validation loss on record; does nothing where it already is."""
+
 
 @runtime_checkable
 class Saver(Protocol):
@@ -33,6 +38,17 @@ class Saver(Protocol):
     def wait(self) -> None: ...
 
 
+@runtime_checkable
+class Tracer(Protocol):
+    """What the loop needs of a StepTracer."""
+
+    def step(self, step: int) -> AbstractContextManager[Any]: ...
+
+    def done(self, outputs: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Cadence:
     """When the loop ends and what it does every N steps: null is never, 0 only at the end."""
@@ -40,6 +56,7 @@ class Cadence:
     max_steps: int
     pictures_every: int | None
     checkpoint: CheckpointConfig
+    validation_every: int | None
 
     def due(self, step: int, every: int | None) -> bool:
         """Whether an act that happens `every` so many steps happens after `step`."""
@@ -68,6 +85,8 @@ def train(
     reporter: Reporter,
     should_stop: Callable[[int], bool],
     draw: Draw,
+    validate: Validate,
+    tracer: Tracer,
 ) -> Outcome:
     """Steps from `state` to `cadence.max_steps`, or until `should_stop(step)` says so; then saves.
 
@@ -76,25 +95,33 @@ def train(
     step = int(state.step)
     saving = _Saving(cadence, checkpointer, step)
     unread: tuple[int, Metrics] | None = None
-    if cadence.due(step, cadence.pictures_every):  # an attempt that ended while drawing
-        draw(step, sampling_params(state))
+    with reporter.meter.apart():
+        if cadence.due(step, cadence.validation_every):  # an attempt that ended while measuring
+            validate(step, sampling_params(state))
+        if cadence.due(step, cadence.pictures_every):  # or while drawing
+            draw(step, sampling_params(state))
     try:
         while step < cadence.max_steps and not should_stop(step):
-            with reporter.meter.waiting():
-                host = next(batches)
-            batch = program.place_batch(host)
-            moments, conditioning = program.encode(frozen, batch)
-            state, metrics = program.step(state, moments, conditioning, batch.weights)
+            with tracer.step(step + 1):
+                with reporter.meter.waiting():
+                    host = next(batches)
+                batch = program.place_batch(host)
+                moments, conditioning = program.encode(frozen, batch)
+                state, metrics = program.step(state, moments, conditioning, batch.weights)
             reporter.meter.count()
             step += 1
             if unread:
                 reporter.report(*unread)
             unread = (step, metrics)
+            validation = cadence.due(step, cadence.validation_every)
             pictures, checkpoint = cadence.due(step, cadence.pictures_every), saving.due(step)
-            if pictures or checkpoint:
+            if validation or pictures or checkpoint:
                 reporter.report(*unread)
                 unread = None
             with reporter.meter.apart():
+                tracer.done(metrics)
+                if validation:
+                    validate(step, sampling_params(state))
                 if pictures:
                     draw(step, sampling_params(state))
                 if checkpoint:
@@ -104,6 +131,8 @@ def train(
     except TooManyBadSteps:
         checkpointer.wait()
         raise
+    finally:
+        tracer.close()
     saving.save_last(step, state)
     return Outcome(state, step, is_interrupted=step < cadence.max_steps or should_stop(step))
 

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +41,8 @@ class Journal:
 
     def picture(self, step: int, tag: str, image: Any) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self.acts.append(("close", 0))
 
     def save(self, step: int, state: TrainState) -> None:
         assert int(state.step) == step and state.params["unet"] == step
@@ -53,8 +55,19 @@ class Journal:
         assert params["unet"] == 10 * step  # the average
         self.acts.append(("draw", step))
 
+    def validate(self, step: int, params: Any) -> None:
+        assert params["unet"] == 10 * step
+        self.acts.append(("validate", step))
+
     def should_stop(self, step: int) -> bool:
         return self.stop_at is not None and step >= self.stop_at
+
+    def step(self, step: int) -> AbstractContextManager[None]:
+        self.traced = step
+        return nullcontext()
+
+    def done(self, outputs: Any) -> None:
+        assert float(outputs["num_steps"]) == self.traced
 
     def steps(self, act: str) -> list[int]:
         return [step for name, step in self.acts if name == act]
@@ -83,7 +96,8 @@ def count(state: TrainState, moments: jax.Array, context: Any, weights: jax.Arra
         params={"unet": state.params["unet"] + 1},
         ema={"unet": state.params["unet"] * 10 + 10},
     )
-    metrics = {"loss": moments.mean(), "bad": bad, "bad_in_a_row": state.bad_in_a_row}
+    metrics = {"loss": moments.mean(), "num_steps": state.step}
+    metrics |= {"bad": bad, "bad_in_a_row": state.bad_in_a_row}
     return state, {name: value.astype(jnp.float32) for name, value in metrics.items()}
 
 
@@ -125,6 +139,7 @@ def run(
     start: int = 0,
     max_steps: int = 7,
     pictures_every: int | None = 4,
+    validation_every: int | None = None,
     checkpoint: CheckpointConfig | None = None,
     bad: tuple[int, ...] = (),
 ) -> Outcome:
@@ -142,11 +157,15 @@ def run(
         make_state(start),
         {},
         batches(start, bad),
-        Cadence(max_steps, pictures_every, checkpoint or CheckpointConfig(every=3)),
+        Cadence(
+            max_steps, pictures_every, checkpoint or CheckpointConfig(every=3), validation_every
+        ),
         checkpointer=journal,
         reporter=reporter,
         should_stop=journal.should_stop,
         draw=journal.draw,
+        validate=journal.validate,
+        tracer=journal,
     )
 
 
@@ -157,7 +176,8 @@ def test_everything_happens_in_its_time_and_order() -> None:
     assert journal.steps("row") == [1, 2, 3, 4, 5, 6, 7]
     assert journal.steps("draw") == [4, 7]
     assert journal.steps("save") == [3, 6, 7]
-    assert journal.acts[-4:] == [("row", 7), ("draw", 7), ("save", 7), ("wait", 0)]
+    assert journal.acts[-5:-2] == [("row", 7), ("draw", 7), ("save", 7)]
+    assert journal.acts[-2:] == [("close", 0), ("wait", 0)]
 
 
 def test_a_row_is_written_before_its_step_is_saved() -> None:
@@ -167,13 +187,29 @@ def test_a_row_is_written_before_its_step_is_saved() -> None:
         assert journal.acts.index(("row", step)) < journal.acts.index(("save", step))
 
 
+def test_a_step_is_measured_before_it_is_saved_and_after_its_row() -> None:
+    journal = Journal()
+    run(journal, validation_every=3)
+    assert journal.steps("validate") == [3, 6, 7]
+    for step in journal.steps("validate"):
+        acts = [journal.acts.index((act, step)) for act in ("row", "validate", "save")]
+        assert acts == sorted(acts)
+
+
+def test_what_a_stop_kept_from_being_measured_is_measured_on_going_on() -> None:
+    for start, measured in ((4, [4, 7]), (5, [7]), (7, [7])):
+        journal = Journal()
+        run(journal, start=start, validation_every=2)
+        assert journal.steps("validate") == sorted({*measured, *([6] if start < 6 else [])})
+
+
 def test_null_is_never_and_zero_is_at_the_end() -> None:
     journal = Journal()
     run(journal, pictures_every=None, checkpoint=CheckpointConfig(every=None))
-    assert not journal.steps("draw") and not journal.steps("save")
+    assert {name for name, _ in journal.acts} == {"row", "close", "wait"}
     journal = Journal()
-    run(journal, pictures_every=0, checkpoint=CheckpointConfig(every=0))
-    assert journal.steps("draw") == journal.steps("save") == [7]
+    run(journal, pictures_every=0, checkpoint=CheckpointConfig(every=0), validation_every=0)
+    assert journal.steps("draw") == journal.steps("save") == journal.steps("validate") == [7]
 
 
 def test_minutes_save_too() -> None:
@@ -216,4 +252,4 @@ def test_a_bad_step_goes_on_and_too_many_do_not_save() -> None:
     with pytest.raises(TooManyBadSteps):
         run(journal, bad=(3, 4, 5, 6))
     assert journal.steps("row") == [1, 2, 3, 4, 5]
-    assert journal.steps("save") == [3] and journal.acts[-1] == ("wait", 0)
+    assert journal.steps("save") == [3] and ("wait", 0) in journal.acts
