@@ -13,11 +13,19 @@ def choose_caption(
     A function of its arguments alone: another epoch or index draws anew, another host or attempt
     draws the same.
     """
+    drawn = draw_caption(len(captions), dropout=dropout, seed=seed, epoch=epoch, index=index)
+    return "" if drawn is None else captions[drawn]
+
+
+def draw_caption(
+    num_captions: int, *, dropout: float, seed: int, epoch: int, index: int
+) -> int | None:
+    """Which of an example's captions it is trained with; None is the empty one."""
     if uniform("caption dropout", seed=seed, epoch=epoch, index=index) < dropout:
-        return ""
-    if len(captions) == 1:
-        return captions[0]
-    return captions[randint("caption", len(captions), seed=seed, epoch=epoch, index=index)]
+        return None
+    if num_captions == 1:
+        return 0
+    return randint("caption", num_captions, seed=seed, epoch=epoch, index=index)
 
 
 def caption_texts(value: object, column: str) -> tuple[str, ...]:
