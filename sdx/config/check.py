@@ -20,6 +20,7 @@ from sdx.config.schema import (
     DownBlock,
     Init,
     LrScheduleKind,
+    OptimizerKind,
     PredictionType,
     SamplerKind,
     TimestepBias,
@@ -114,6 +115,14 @@ def _biases_portion(config: Config) -> bool:
     return _is_biased(config) and not _biases_range(config)
 
 
+def _has_moment_decays(config: Config) -> bool:
+    return config.optimizer.kind is not OptimizerKind.adafactor
+
+
+def _is_adamw(config: Config) -> bool:
+    return config.optimizer.kind is OptimizerKind.adamw
+
+
 # Keys that do something only in company: the condition, and how to meet it.
 _NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "data.dir": (_is_imagefolder, "data=imagefolder"),
@@ -123,6 +132,9 @@ _NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "data.interpolation": (_is_imagefolder, "data=imagefolder"),
     "data.num_examples": (_is_shapes, "data=shapes"),
     "sample.num_adherence_prompts": (_is_shapes, "data=shapes"),
+    "optimizer.b1": (_has_moment_decays, "optimizer=adamw or lion"),
+    "optimizer.b2": (_has_moment_decays, "optimizer=adamw or lion"),
+    "optimizer.eps": (_is_adamw, "optimizer=adamw"),
     "optimizer.text_encoder_lr": (
         lambda config: config.train.text_encoder,
         "train.text_encoder=true",

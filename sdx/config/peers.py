@@ -318,7 +318,7 @@ _DIFFUSERS_KEYS = _rows(
         "adam_epsilon": "optimizer.eps",
         "use_8bit_adam": (
             "optimizer",
-            "no 8-bit Adam: its state is 2 bytes a weight (AdamW: 8), adafactor's less than 0.1",
+            "no 8-bit Adam: its state is 2 bytes a weight (adamw 8, lion 4); adafactor's is 0.009",
             {"true": "adafactor", "false": "adamw"},
         ),
         "use_ema": ("train.ema", None, _BOOL),

@@ -572,12 +572,22 @@ class OptimizerConfig:
     kind: OptimizerKind = option(MISSING, "Optimizer.")
     lr: float = option(MISSING, "Peak learning rate.", above=0, on_resume=OnResume.warn)
     b1: float = option(
-        0.9, "Decay of the first moment.", at_least=0, below=1, on_resume=OnResume.warn
+        0.9,
+        "Decay of the first moment (adamw); its share in the update (lion).",
+        at_least=0,
+        below=1,
+        on_resume=OnResume.warn,
     )
     b2: float = option(
-        0.999, "Decay of the second moment.", at_least=0, below=1, on_resume=OnResume.warn
+        0.999,
+        "Decay of the second moment (adamw); of the only one (lion).",
+        at_least=0,
+        below=1,
+        on_resume=OnResume.warn,
     )
-    eps: float = option(1e-8, "Added outside the square root.", above=0, on_resume=OnResume.warn)
+    eps: float = option(
+        1e-8, "Added outside the square root (adamw).", above=0, on_resume=OnResume.warn
+    )
     weight_decay: float = option(
         1e-2, "Decoupled weight decay, on every parameter.", at_least=0, on_resume=OnResume.warn
     )

@@ -3,7 +3,8 @@ batches.
 
 The first rule whose pattern is found in a parameter's path decides; what no rule names goes to
 `fsdp` along its largest divisible dim; arrays under 64 KiB stay whole on every device. Optimizer
-state and EMA inherit by path.
+state and EMA inherit by path; what has no parameter's shape (Adafactor's means) falls under the
+same two last rules.
 """
 
 import math
@@ -64,19 +65,18 @@ def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> 
 
 def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
     """Shardings of a whole training state: leaves whose path ends in a parameter's path, with its
-    shape, lie as it does.
-
-    Everything else (counters) is on every device.
+    shape, lie as it does; others like parameters that no rule names, counters on every device.
     """
     known = _by_path(params, shardings)
 
     def inherit(path: Sequence[Any], leaf: Any) -> NamedSharding:
-        parts = path_name(path).split("/")
+        name = path_name(path)
+        parts = name.split("/")
         for start in range(len(parts)):
             found = known.get("/".join(parts[start:]))
             if found and found[0] == leaf.shape:
                 return found[1]
-        return replicated(mesh)
+        return NamedSharding(mesh, _spec(name, leaf, mesh, rules=()))
 
     return jax.tree.map_with_path(inherit, state)
 

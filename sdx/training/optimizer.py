@@ -1,5 +1,5 @@
-"""How weights are updated: AdamW, clipping, learning-rate schedules and the moving average of the
-weights.
+"""How weights are updated: AdamW, Lion, clipping, learning-rate schedules and the moving average of
+the weights; Adafactor lies in adafactor.py.
 
 Schedules and EMA equal diffusers' (optimization.py, training_utils.EMAModel), AdamW and clipping
 equal torch's. All are functions of the number of updates made, which a skipped step does not
@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from sdx.config.schema import LrScheduleConfig, LrScheduleKind, OptimizerConfig, OptimizerKind
+from sdx.training.adafactor import adafactor
 
 CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ divides by norm + 1e-6
 
@@ -27,11 +28,14 @@ Rates = LrSchedule | Mapping[str, LrSchedule]
 
 def make_optimizer(optimizer: OptimizerConfig, rates: Rates) -> optax.GradientTransformation:
     """The update rule of `optimizer` without clipping, which the step does: it has the norm."""
+    b1, b2, decay = optimizer.b1, optimizer.b2, optimizer.weight_decay
     match optimizer.kind:
         case OptimizerKind.adamw:
-            return adamw(
-                rates, optimizer.b1, optimizer.b2, eps=optimizer.eps, decay=optimizer.weight_decay
-            )
+            return adamw(rates, b1, b2, eps=optimizer.eps, decay=decay)
+        case OptimizerKind.adafactor:
+            return adafactor(rates, decay=decay)
+        case OptimizerKind.lion:
+            return lion(rates, b1, b2, decay=decay)
     assert_never(optimizer.kind)
 
 
@@ -62,6 +66,32 @@ def adamw(
 
         changes = jax.tree.map(change_all, rates, mu, nu, params)  # a schedule is a leaf
         return changes, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def lion(rates: Rates, b1: float, b2: float, *, decay: float) -> optax.GradientTransformation:
+    """Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2): the sign of what momentum and
+    gradient make, so that every weight moves by the whole rate; decay on every parameter.
+
+    Not `optax.lion`, which takes one rate for all networks and traces more passes over the tree.
+    """
+
+    def init(params: Any) -> optax.ScaleByLionState:
+        return optax.ScaleByLionState(
+            jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params)
+        )
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.OptState]:
+        def change(rate: Array, m: Array, g: Array, p: Array) -> Array:
+            return -rate * (jnp.sign(b1 * m + (1 - b1) * g) + decay * p)
+
+        def change_all(rate: LrSchedule, *trees: Any) -> Any:
+            return jax.tree.map(partial(change, rate(state.count)), *trees)
+
+        changes = jax.tree.map(change_all, rates, state.mu, updates, params)
+        mu = jax.tree.map(lambda m, g: b2 * m + (1 - b2) * g, state.mu, updates)
+        return changes, optax.ScaleByLionState(state.count + 1, mu)
 
     return optax.GradientTransformation(init, update)
 

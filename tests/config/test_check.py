@@ -138,6 +138,18 @@ RULES = {
         "sample.guidance_scale=1 sample.guidance_rescale=0.7",
         "sample.guidance_rescale=0.7: has no effect here; it needs sample.guidance_scale above 1.",
     ),
+    "a first moment that Adafactor has not": (
+        "optimizer=adafactor optimizer.b1=0.5",
+        "optimizer.b1=0.5: has no effect here; it needs optimizer=adamw or lion.",
+    ),
+    "a decay that is Adafactor's own": (
+        "optimizer=adafactor optimizer.b2=0.95",
+        "optimizer.b2=0.95: has no effect here; it needs optimizer=adamw or lion.",
+    ),
+    "an epsilon that Lion has not": (
+        "optimizer=lion optimizer.eps=1e-6",
+        "optimizer.eps=1e-6: has no effect here; it needs optimizer=adamw.",
+    ),
     "resolution": (
         "model=sd21 data.resolution=500",
         "data.resolution=500: must be a multiple of 64 (VAE x UNet levels of model=sd21);"
@@ -323,6 +335,7 @@ SOUND = [
     "diffusion.dream=1 diffusion.prediction_type=epsilon",
     "train.text_encoder=true optimizer.text_encoder_lr=1e-6",
     "export.push_to_hub=true export.hub_model_id=me/it",
+    "optimizer=lion optimizer.b1=0.95 optimizer.b2=0.98",
     "model.init=pretrained model.unet_checkpoint=unet",
     "diffusion.class_name=DDIMScheduler",
     "diffusion.prediction_type=epsilon diffusion.rescale_zero_terminal_snr=true"

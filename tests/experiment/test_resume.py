@@ -195,7 +195,8 @@ def test_starting_again(command: Command, rows: Rows) -> None:
     assert (fork / "checkpoints" / "6" / "manifest.json").is_file()
     code, output = command.run("train.max_steps=8", f"run.resume_from={run}@7")
     assert code == 2 and "run.resume_from" in output and "it has the steps" in output
-    for change in ("train.ema=false", "train.text_encoder=true", "model.weights_dtype=bfloat16"):
+    changes = ("train.ema=false", "train.text_encoder=true", "model.weights_dtype=bfloat16")
+    for change in (*changes, "optimizer.kind=lion"):
         code, output = command.run("train.max_steps=8", f"run.resume_from={run}", change)
         assert code == 2 and "its state has other parts: " + change.split("=")[0] in output, output
     assert len(list(command.path().iterdir())) == 2

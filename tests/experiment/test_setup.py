@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sdx.config.compose import compose
-from sdx.experiment.setup import lost_precision, run_paths
+from sdx.experiment.setup import bold_rate, lost_precision, run_paths
 from sdx.record.lock import RefusedStart
 
 pytestmark = pytest.mark.fast
@@ -23,3 +23,9 @@ def test_weights_of_few_bits_are_told_what_they_lose() -> None:
     assert lost_precision(compose(["model.activations_dtype=bfloat16"])) is None
     said = lost_precision(compose(["model.weights_dtype=bfloat16"]))
     assert said is not None and "1/512" in said and "model.activations_dtype=bfloat16" in said
+
+
+def test_lion_is_told_that_its_rates_are_its_own() -> None:
+    assert bold_rate(compose(["optimizer=adafactor"])) is None
+    said = bold_rate(compose(["optimizer=lion"]))
+    assert said is not None and "optimizer.lr=2e-06" in said
