@@ -16,7 +16,9 @@ from jaxtyping import install_import_hook
 from tests.object_store import make_bucket, s3_server
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-CHECKED_PACKAGES = ["data", "diffusion", "models", "parallel", "sampling", "training", "weights"]
+CHECKED_PACKAGES = [
+    "data", "diffusion", "models", "parallel", "sampling", "scores", "training", "weights"
+]  # fmt: skip
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.fast
 
 RANKS = {
     **dict.fromkeys(["record", "config"], 0),
-    **dict.fromkeys(["parallel", "data", "models", "diffusion"], 1),
+    **dict.fromkeys(["parallel", "data", "models", "diffusion", "scores"], 1),
     **dict.fromkeys(["weights", "training", "sampling"], 2),
     **dict.fromkeys(["pipeline", "planning"], 3),
     "experiment": 4,

@@ -1,10 +1,11 @@
-"""The CLIP text encoder (transformers `CLIPTextModel`), up to and with the final LayerNorm.
+"""The CLIP text encoder (transformers `CLIPTextModel`), up to and with the final LayerNorm, and the
+layers it shares with the image encoder (clip_vision.py).
 
 SD 2.x files hold the layers up to the one before the last, so "the penultimate layer" needs
 nothing here.
 """
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,18 @@ from jaxtyping import Array, Float, Int
 from sdx.config.schema import HiddenAct, TextEncoderConfig
 from sdx.models.attention import dot_product_attention, split_heads
 from sdx.models.layers import Embedding, LayerNorm, Linear, Numerics
+
+
+@runtime_checkable
+class LayerConfig(Protocol):
+    """What the layers of either encoder are built from."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_act: HiddenAct
+    layer_norm_eps: float
 
 
 class CLIPTextModel(nnx.Module):
@@ -31,7 +44,7 @@ class CLIPTextModel(nnx.Module):
     ):
         numerics = Numerics(dtype, param_dtype, precision)
         self.embeddings = Embeddings(config, numerics=numerics, rngs=rngs)
-        self.encoder = Encoder(config, numerics=numerics, rngs=rngs)
+        self.encoder = Encoder(config, is_causal=True, numerics=numerics, rngs=rngs)
         self.final_layer_norm = LayerNorm(
             config.hidden_size, eps=config.layer_norm_eps, numerics=numerics
         )
@@ -59,9 +72,9 @@ class Embeddings(nnx.Module):
 class Encoder(nnx.Module):
     """The stack of transformer layers."""
 
-    def __init__(self, config: TextEncoderConfig, *, numerics: Numerics, rngs: nnx.Rngs):
+    def __init__(self, config: LayerConfig, *, is_causal: bool, numerics: Numerics, rngs: nnx.Rngs):
         self.layers = nnx.List(
-            EncoderLayer(config, numerics=numerics, rngs=rngs)
+            EncoderLayer(config, is_causal=is_causal, numerics=numerics, rngs=rngs)
             for _ in range(config.num_hidden_layers)
         )
 
@@ -72,14 +85,14 @@ class Encoder(nnx.Module):
 
 
 class EncoderLayer(nnx.Module):
-    """Causal self-attention and feed-forward, each normalised before and added after."""
+    """Self-attention and feed-forward, each normalised before and added after."""
 
-    def __init__(self, config: TextEncoderConfig, *, numerics: Numerics, rngs: nnx.Rngs):
+    def __init__(self, config: LayerConfig, *, is_causal: bool, numerics: Numerics, rngs: nnx.Rngs):
         def norm() -> LayerNorm:
             return LayerNorm(config.hidden_size, eps=config.layer_norm_eps, numerics=numerics)
 
         self.layer_norm1 = norm()
-        self.self_attn = CausalAttention(config, numerics=numerics, rngs=rngs)
+        self.self_attn = SelfAttention(config, is_causal=is_causal, numerics=numerics, rngs=rngs)
         self.layer_norm2 = norm()
         self.mlp = FeedForward(config, numerics=numerics, rngs=rngs)
 
@@ -88,10 +101,10 @@ class EncoderLayer(nnx.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class CausalAttention(nnx.Module):
-    """Each token attends to itself and those before it."""
+class SelfAttention(nnx.Module):
+    """Each token attends to all, or with `is_causal` to itself and those before it."""
 
-    def __init__(self, config: TextEncoderConfig, *, numerics: Numerics, rngs: nnx.Rngs):
+    def __init__(self, config: LayerConfig, *, is_causal: bool, numerics: Numerics, rngs: nnx.Rngs):
         def projection() -> Linear:
             return Linear(config.hidden_size, config.hidden_size, numerics=numerics, rngs=rngs)
 
@@ -100,6 +113,7 @@ class CausalAttention(nnx.Module):
         self.v_proj = projection()
         self.out_proj = projection()
         self.num_heads = config.num_attention_heads
+        self.is_causal = is_causal
         self.precision = numerics.precision
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
@@ -107,7 +121,7 @@ class CausalAttention(nnx.Module):
             split_heads(y, self.num_heads) for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         )
         y = dot_product_attention(
-            query, key, value, upcast=False, precision=self.precision, is_causal=True
+            query, key, value, upcast=False, precision=self.precision, is_causal=self.is_causal
         )
         return self.out_proj(y.reshape(x.shape))
 
@@ -115,7 +129,7 @@ class CausalAttention(nnx.Module):
 class FeedForward(nnx.Module):
     """Two products around the activation the config names."""
 
-    def __init__(self, config: TextEncoderConfig, *, numerics: Numerics, rngs: nnx.Rngs):
+    def __init__(self, config: LayerConfig, *, numerics: Numerics, rngs: nnx.Rngs):
         common: dict[str, Any] = {"numerics": numerics, "rngs": rngs}
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, **common)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, **common)

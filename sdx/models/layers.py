@@ -66,24 +66,26 @@ class Linear(nnx.Module):
 
 
 class Conv2d(nnx.Module):
-    """A convolution with a square kernel; 1x1 has no padding, 3x3 one pixel on every side."""
+    """A convolution; 1x1 has no padding, by default the others one pixel on every side."""
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 3,
+        kernel_size: int | tuple[int, int] = 3,
         *,
         stride: int = 1,
         padding: tuple[tuple[int, int], tuple[int, int]] = SAME,
+        use_bias: bool = True,
         numerics: Numerics,
         rngs: nnx.Rngs,
     ):
-        fan_in = in_channels * kernel_size * kernel_size
-        shape = (kernel_size, kernel_size, in_channels, out_channels)
+        sides = kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size)
+        fan_in = in_channels * math.prod(sides)
+        shape = (*sides, in_channels, out_channels)
         self.kernel = _uniform(shape, fan_in, numerics, rngs)
-        self.bias = _uniform(shape[3:], fan_in, numerics, rngs)
-        self.is_product = kernel_size == 1
+        self.bias = _uniform(shape[3:], fan_in, numerics, rngs) if use_bias else None
+        self.is_product = sides == (1, 1)
         self.stride = stride
         self.padding = padding
         self.numerics = numerics
@@ -95,7 +97,7 @@ class Conv2d(nnx.Module):
             y = _product(x.astype(dtype), kernel[0, 0], precision)
         else:
             y = _convolve(x.astype(dtype), kernel, self.stride, self.padding, precision)
-        return y + _across(self.bias[...].astype(dtype), y)
+        return y if self.bias is None else y + _across(self.bias[...].astype(dtype), y)
 
 
 class GroupNorm(nnx.Module):
@@ -168,6 +170,7 @@ class Upsample(nnx.Module):
     ) -> Float[Array, "b h2 w2 c"]:
         if size != (2 * x.shape[1], 2 * x.shape[2]):
             return self.conv(_nearest(x, size))
+        assert self.conv.bias is not None
         dtype, precision = self.conv.numerics.dtype, self.conv.numerics.precision
         y = _convolve_doubled(x.astype(dtype), self.conv.kernel[...].astype(dtype), precision)
         return y + _across(self.conv.bias[...].astype(dtype), y)

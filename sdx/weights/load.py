@@ -94,11 +94,16 @@ def check_tensors(files: NetworkFiles, model: ModelConfig, components: Iterable[
         raise WeightsError("\n".join(map(str, errors)))
 
 
-def _load(files: NetworkFiles, component: str, abstract: Params) -> Params:
+def read_params(tensors: Tensors, network: str, abstract: Params) -> Params:
+    """All of `tensors` as parameters with the types (and shardings, if any) of `abstract`."""
     wanted = flat(abstract)
+    _check(network, wanted, tensors)
+    return nested({leaf: _place(tensors, leaf, like) for leaf, like in wanted.items()})
+
+
+def _load(files: NetworkFiles, component: str, abstract: Params) -> Params:
     with files.tensors(component) as tensors:
-        _check(component, wanted, tensors)
-        return nested({leaf: _place(tensors, leaf, like) for leaf, like in wanted.items()})
+        return read_params(tensors, component, abstract)
 
 
 def _check(component: str, wanted: dict[Any, Any], tensors: Tensors) -> None:

@@ -23,10 +23,11 @@ class Leaf:
 
 
 SAME_LAYOUT: dict[int, tuple[int, ...]] = {}
+NORM = r"(^|[._])(norm\d?|layer_norm\d?|layernorm|layrnorm|group_norm|norm_out)"
 LEAVES = (
     Leaf(r"\.bias$", "bias", SAME_LAYOUT),
-    Leaf(r"(^|[._])(norm\d?|layer_norm\d?|group_norm|norm_out)\.weight$", "scale", SAME_LAYOUT),
-    Leaf(r"_embedding\.weight$", "embedding", SAME_LAYOUT),
+    Leaf(NORM + r"\.weight$", "scale", SAME_LAYOUT),
+    Leaf(r"(token|position)_embedding\.weight$", "embedding", SAME_LAYOUT),
     Leaf(r"\.weight$", "kernel", {2: (1, 0), 4: (3, 2, 0, 1)}),  # (in, out); HWIO
 )
 
@@ -46,6 +47,9 @@ DIALECTS: dict[str, tuple[tuple[str, str], ...]] = {
 # whole CLIP does with its text states.
 IGNORED = {"embeddings.position_ids", "text_projection.weight", "logit_scale"}
 
+# Parameters that no module holds: their names have no leaf.
+BARE = {"class_embedding"}
+
 
 def current_name(component: str, name: str) -> str | None:
     """Today's spelling of a torch name found in a file; None for what is not read."""
@@ -61,6 +65,8 @@ def from_torch(name: str) -> Path:
 
 def to_torch(path: Path) -> str:
     """The torch name of our parameter at `path`."""
+    if path[-1] in BARE:
+        return ".".join(path)
     leaf = {"bias": "bias"}.get(path[-1], "weight")
     return ".".join((*path[:-1], leaf))
 

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from sdx.weights.errors import WeightsError
+from sdx.weights.torch_files import TorchFile
 
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of what may be cast to a parameter
 LFS_POINTER = b"version https://git-lfs"
@@ -47,7 +48,8 @@ class Tensors(Protocol):
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Tensors]:
-    """The tensors of a `.safetensors`, `.bin` or `.index.json` file; WeightsError if damaged."""
+    """The tensors of a `.safetensors`, `.bin`, `.pth` or `.index.json` file; WeightsError if
+    damaged."""
     with ExitStack() as stack:
         if path.suffix == ".json":
             yield _open_index(path, stack)
@@ -55,6 +57,8 @@ def open_tensors(path: Path) -> Iterator[Tensors]:
             pickle = PickleFile(path)
             stack.callback(pickle.close)
             yield pickle
+        elif path.suffix in (".pth", ".pt"):
+            yield TorchFile(path)
         else:
             yield SafetensorsFile(path)
 
