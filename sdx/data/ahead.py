@@ -3,6 +3,7 @@
 import itertools
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
@@ -10,7 +11,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-_JOIN_S = 10.0  # what a thread may still take to come to an end; it is a daemon, so none is stuck
+_JOIN_S = 10.0  # for what the threads are at; they are daemons, one that hangs keeps nothing
 
 
 class Overdue(TimeoutError):
@@ -41,6 +42,7 @@ class Ahead(Iterator[T], Generic[T]):
         name: str = "sdx-ahead",
     ):
         self._timeout_s = timeout_s
+        self._join_s = _JOIN_S
         self._next = first
         self._threads = [
             _Thread(work, itertools.count(first + i, num_threads), f"{name}-{i}")
@@ -57,17 +59,21 @@ class Ahead(Iterator[T], Generic[T]):
         try:
             result = thread.take(self._timeout_s)
         except Empty:
+            self._join_s = 0.0
             raise Overdue(self._next, thread.stack()) from None
         self._next += 1
         return result
 
-    def close(self, join_s: float = _JOIN_S) -> None:
-        """Ends the threads when they have done what they are at; waits up to `join_s` for it."""
+    def close(self) -> None:
+        """Ends the threads when they have done what they are at, and waits for that a while; not
+        where a result is overdue.
+        """
+        until = time.monotonic() + self._join_s
         for thread in self._threads:
             thread.tell_to_end()
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join(join_s)
+                thread.join(max(0.0, until - time.monotonic()))
 
 
 class _Thread(threading.Thread, Generic[T]):

@@ -160,20 +160,16 @@ class Loader(Iterator[HostBatch]):
         try:
             return next(self._batches)
         except Overdue as overdue:
-            stack = overdue.stack if self._workers is None else self._workers.stacks()
-            self._abandon()
+            stack = overdue.stack
+            if self._workers is not None:
+                stack = self._workers.stacks()
+                self._workers.kill()  # closing would wait for them
             raise DataError(
                 f"data.worker_timeout_s={self._timeout_s:g}: no batch for step {overdue.number}"
                 " came in that time. What is read hangs (a mounted or remote file system?) or takes"
                 " longer than that: see to it or raise the limit, and start again; the run goes on"
                 f" from its last checkpoint. Where reading stands:\n{stack}"
             ) from None
-
-    def _abandon(self) -> None:
-        """Ends without waiting for what hangs."""
-        self._batches.close(join_s=0)
-        if self._workers is not None:
-            self._workers.kill()
 
     def _count(self, bad: dict[int, BadImage]) -> None:
         self.bad_images |= bad
