@@ -28,7 +28,12 @@ def write_text(path: AnyPath, text: str) -> None:
 
 def write_json(path: AnyPath, value: Mapping[str, Any]) -> None:
     """Replaces `path` in one act; enums are written by member name, paths as text."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n")
+    write_text(path, to_json(value))
+
+
+def to_json(value: Mapping[str, Any]) -> str:
+    """As `write_json` writes it."""
+    return json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n"
 
 
 def read_json(path: AnyPath) -> dict[str, Any] | None:

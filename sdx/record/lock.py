@@ -2,53 +2,46 @@
 
 On the owner's machine the process table decides: a dead pid frees the lock at once, and a pid that
 was given to another process since counts as dead. From elsewhere the lease decides: no heartbeat
-for `LEASE_S` means dead. Reading, deciding and writing happen under one `flock` on a guard file,
-which the kernel drops with its process, so two takers cannot both win and a kill leaves nothing to
-clean up.
+for `LEASE_S` means dead. In a file system reading, deciding and writing happen under one `flock` on
+a guard file, which the kernel drops with its process, so two takers cannot both win and a kill
+leaves nothing to clean up. How it is done in an object store: `object_lease`.
 """
 
 import errno
 import fcntl
 import os
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from sdx.record.files import now, read_json, write_json
+from sdx.record import object_lease
+from sdx.record.files import write_json
+from sdx.record.object_lease import ObjectLease
+from sdx.record.owner import (
+    LEASE_S,
+    Owner,
+    RefusedStart,
+    RunLocked,
+    lives_here,
+    read_owner,
+    refusal,
+    this_process,
+)
+from sdx.record.store import AnyPath, ObjectPath
 
-LEASE_S = 60.0
+__all__ = ["LEASE_S", "RefusedStart", "RunLock", "RunLocked", "is_held"]
+
 _HEARTBEAT_S = LEASE_S / 4
 # File systems without flock (some Lustre mounts): two takers are told apart by who is still there
 # after this time.
 _SETTLE_S = 1.0
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-
-
-class RefusedStart(ValueError):
-    """The run was not touched: something the user decides stands in the way (exit code 2)."""
-
-
-class RunLocked(RefusedStart):
-    """Another living process owns the run folder."""
-
-
-@dataclass(frozen=True)
-class Owner:
-    """Who holds a lock. `machine` is kernel and pid namespace: only there `pid` means anything."""
-
-    owner: str
-    pid: int
-    process_started: int | None
-    host: str
-    machine: str
-    since: str
 
 
 class RunLock:
@@ -57,25 +50,21 @@ class RunLock:
     `lost` turns true when another process took it over because we were asleep past the lease.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self.path = path
         self.lost = False
-        self._owner = _this_process()
+        self._owner = this_process()
+        self._lease = (
+            ObjectLease(path, self._owner)
+            if isinstance(path, ObjectPath)
+            else _FileLease(path, self._owner)
+        )
         self._stop = threading.Event()
         self._heart: threading.Thread | None = None
 
     def acquire(self) -> None:
         """Takes the lock or raises RunLocked; a dead owner's lock is taken over."""
-        with _guard(self.path) as has_flock:
-            holder = _read(self.path)
-            if holder is not None and holder != self._owner and _is_alive(holder, self.path):
-                raise RunLocked(_refusal(self.path, holder))
-            write_json(self.path, asdict(self._owner))
-        if not has_flock:
-            time.sleep(_SETTLE_S)
-            holder = _read(self.path)
-            if holder is not None and holder != self._owner:
-                raise RunLocked(_refusal(self.path, holder))
+        self._lease.claim()
         self._stop.clear()
         self._heart = threading.Thread(target=self._beat, name="sdx-lock-heartbeat", daemon=True)
         self._heart.start()
@@ -88,9 +77,7 @@ class RunLock:
         if self._heart is not threading.current_thread():
             self._heart.join()
         self._heart = None
-        with _guard(self.path):
-            if _read(self.path) == self._owner:
-                self.path.unlink()
+        self._lease.free()
 
     def __enter__(self) -> Self:
         self.acquire()
@@ -107,40 +94,58 @@ class RunLock:
     def _beat(self) -> None:
         while not self._stop.wait(_HEARTBEAT_S):
             try:
-                with _guard(self.path):
-                    if _read(self.path) != self._owner:
-                        self.lost = True
-                        return
-                    os.utime(self.path)
+                if not self._lease.renew():
+                    self.lost = True
+                    return
             except (OSError, ValueError):
                 continue  # a file system in trouble: the lease has room for three more tries
 
 
-def is_held(path: Path) -> bool:
+def is_held(path: AnyPath) -> bool:
     """Whether a living process holds the lock at `path`."""
-    holder = _read(path)
+    if isinstance(path, ObjectPath):
+        return object_lease.is_held(path)
+    holder = read_owner(path)
     return holder is not None and _is_alive(holder, path)
 
 
-def _this_process() -> Owner:
-    pid = os.getpid()
-    return Owner(
-        owner=uuid.uuid4().hex,
-        pid=pid,
-        process_started=_process_started(pid),
-        host=socket.gethostname(),
-        machine=_machine(),
-        since=now(),
-    )
+class _FileLease:
+    """The lock as a file whose time of change is the heartbeat."""
+
+    def __init__(self, path: Path, owner: Owner):
+        self._path = path
+        self._owner = owner
+
+    def claim(self) -> None:
+        path = self._path
+        with _guard(path) as has_flock:
+            holder = read_owner(path)
+            if holder is not None and holder != self._owner and _is_alive(holder, path):
+                raise RunLocked(_refusal(path, holder))
+            write_json(path, asdict(self._owner))
+        if not has_flock:
+            time.sleep(_SETTLE_S)
+            holder = read_owner(path)
+            if holder is not None and holder != self._owner:
+                raise RunLocked(_refusal(path, holder))
+
+    def renew(self) -> bool:
+        """Notes a sign of life; False where the lock is another's by now."""
+        with _guard(self._path):
+            if read_owner(self._path) != self._owner:
+                return False
+            os.utime(self._path)
+            return True
+
+    def free(self) -> None:
+        with _guard(self._path):
+            if read_owner(self._path) == self._owner:
+                self._path.unlink()
 
 
 def _is_alive(holder: Owner, path: Path) -> bool:
-    if holder.machine == _machine() and holder.host == socket.gethostname():
-        if not _pid_exists(holder.pid):
-            return False
-        started = _process_started(holder.pid)
-        return started == holder.process_started
-    return _silence_s(path) <= LEASE_S
+    here = lives_here(holder)
+    return _silence_s(path) <= LEASE_S if here is None else here
 
 
 def _silence_s(path: Path) -> float:
@@ -153,14 +158,6 @@ def _silence_s(path: Path) -> float:
     except OSError:  # a folder we may only read
         there = time.time()
     return there - path.stat().st_mtime
-
-
-def _read(path: Path) -> Owner | None:
-    fields = read_json(path)
-    try:
-        return None if fields is None else Owner(**fields)
-    except TypeError as error:
-        raise ValueError(f"{path}: not a lock of this version of sdx ({error}).") from error
 
 
 @contextmanager
@@ -183,53 +180,9 @@ def _guard(path: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _machine() -> str:
-    """Kernel boot and pid namespace; containers of one host differ in the second."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return f"{uuid.getnode():x}"  # no /proc (macOS): the network card's number
-
-
-def _pid_exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    stat = _stat_fields(pid)
-    return stat is None or stat[0] not in "ZX"  # a zombie runs nothing
-
-
-def _process_started(pid: int) -> int | None:
-    """Clock ticks after boot at which `pid` started, or None where /proc is missing."""
-    stat = _stat_fields(pid)
-    return None if stat is None else int(stat[19])
-
-
-def _stat_fields(pid: int) -> list[str] | None:
-    """/proc/PID/stat from its third field (state) on; the second may hold spaces and brackets."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-
-
 def _refusal(path: Path, holder: Owner) -> str:
     try:
-        silence = f"{max(_silence_s(path), 0):.0f} s ago"
+        silence = _silence_s(path)
     except OSError:
-        silence = "unknown"
-    if holder.host == socket.gethostname():
-        advice = f"wait for it, end it with `kill {holder.pid}`"
-    else:
-        advice = (
-            f"wait for it, end it on {holder.host} "
-            f"(if it is gone, the lock frees itself within {LEASE_S:.0f} s)"
-        )
-    return (
-        f"{path.parent}: in use by process {holder.pid} on {holder.host} since {holder.since}, "
-        f"last sign of life {silence}; {advice}, or use another run.name."
-    )
+        silence = None
+    return refusal(path.parent, holder, silence)

@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from sdx.record.files import write_text
+from sdx.record.parts import parts_of, read_parts
+from sdx.record.store import AnyPath
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows in order; [] without a file.
+def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
+    """The rows in order; [] without a file, or without parts of it.
 
     A last line torn by a kill is left out; any other bad line is a ValueError.
     """
-    lines = _lines(path)
+    lines = _lines("".join(read_parts(path)))
     rows = []
     for number, line in enumerate(lines, start=1):
         row = _row(line)
@@ -23,14 +25,29 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def truncate_after(path: Path, step: int) -> list[dict[str, Any]]:
+def truncate_after(path: AnyPath, step: int) -> list[dict[str, Any]]:
     """Keeps the rows up to and with `step`, returns the others: going on tells no step twice.
 
     Unreadable lines are cut too and returned as {"unreadable": text}. The file is replaced in one
-    act.
+    act, of parts the last one first, so that a kill between two leaves fewer rows and no gap.
     """
+    cut: list[dict[str, Any]] = []
+    for part, text in reversed(list(zip(parts_of(path), read_parts(path), strict=True))):
+        kept, gone = _split(_lines(text), step)
+        cut = gone + cut
+        # also where only the last newline is missing: the next row would join that line
+        if kept != text:
+            if kept or isinstance(part, Path):
+                write_text(part, kept)
+            else:
+                part.unlink()
+    return cut
+
+
+def _split(lines: list[str], step: int) -> tuple[str, list[dict[str, Any]]]:
+    """The text of the rows up to `step`, and the others."""
     kept, cut = [], []
-    for line in _lines(path):
+    for line in lines:
         row = _row(line)
         if row is None:
             cut.append({"unreadable": line})
@@ -38,18 +55,11 @@ def truncate_after(path: Path, step: int) -> list[dict[str, Any]]:
             cut.append(row)
         else:
             kept.append(line)
-    text = "".join(f"{line}\n" for line in kept)
-    if path.exists() and text != path.read_text(encoding="utf-8", errors="replace"):
-        write_text(
-            path, text
-        )  # also where only the last newline is missing: the next row would join that line
-    return cut
+    return "".join(f"{line}\n" for line in kept), cut
 
 
-def _lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line]
+def _lines(text: str) -> list[str]:
+    return [line for line in text.split("\n") if line]
 
 
 def _row(line: str) -> dict[str, Any] | None:

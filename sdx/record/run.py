@@ -10,14 +10,15 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
+from sdx.record.behind import flush
 from sdx.record.files import now, read_json, write_json, write_text
 from sdx.record.lock import RefusedStart, RunLock
 from sdx.record.paths import RunPaths
 from sdx.record.provenance import provenance, uncommitted_changes
 from sdx.record.status import RunStatus, Status, read_status, write_status
+from sdx.record.store import AnyPath, StoreError
 
 
 class Admission(Enum):
@@ -71,7 +72,7 @@ class RunRecord:
     def progress(self, step: int) -> None:
         """Notes in status.json that `step` is done; for the cadence of metrics, not each step."""
         self.step = step
-        write_status(self.paths, Status.running, step=step)
+        write_status(self.paths, Status.running, step=step, later=True)
 
     def finish(self, status: Status, *, step: int | None = None, reason: str | None = None) -> None:
         """Writes how this attempt ended and frees the lock; only the first call of any thread."""
@@ -81,6 +82,7 @@ class RunRecord:
             self._ended = True
             step = self.step if step is None else step
             if not self.lock.lost:  # then the folder is another process's to write
+                flush()
                 self._note(ended=now(), last_step=step, outcome=status, reason=reason)
                 write_status(self.paths, status, step=step, reason=reason)
             self.lock.release()
@@ -135,6 +137,7 @@ def start(
         parent: RUN@STEP this run was forked from.
 
     Raises:
+        StoreError: an object store that cannot be used; exit code 2.
         RefusedStart: `run.resume` not met, a forbidden change, a folder that cannot be written, or
             (RunLocked) another living process; exit code 2.
         AlreadyFinished: nothing to do; its text says so; exit code 0.
@@ -144,6 +147,8 @@ def start(
     try:
         paths.root.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+    except StoreError:  # says what to do about it
+        raise
     except OSError as error:
         raise RefusedStart(
             f"{paths.root}: cannot be written ({error.strerror}); use another run.output_dir."
@@ -237,9 +242,12 @@ def _exists(paths: RunPaths) -> bool:
     status = read_status(paths)
     if status is not None and status.status is Status.queued and _last_attempt(paths) == 0:
         return False
-    return any(
-        not entry.name.lstrip(".").startswith(paths.lock.name) for entry in paths.root.iterdir()
-    )
+    return not all(_is_lock(paths, entry.name) for entry in paths.root.iterdir())
+
+
+def _is_lock(paths: RunPaths, name: str) -> bool:
+    """A folder in an object store, a file and its guard elsewhere."""
+    return name == paths.lock.stem or name.lstrip(".").startswith(paths.lock.name)
 
 
 def _has_checkpoint_folder(paths: RunPaths) -> bool:
@@ -252,5 +260,5 @@ def _last_attempt(paths: RunPaths) -> int:
     return max((int(path.stem) for path in paths.attempts.glob("*.json")), default=0)
 
 
-def _attempt_path(paths: RunPaths, attempt: int) -> Path:
+def _attempt_path(paths: RunPaths, attempt: int) -> AnyPath:
     return paths.attempts / f"{attempt}.json"

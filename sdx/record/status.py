@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from sdx.record.behind import write_json_later
 from sdx.record.files import now, read_json, write_json
 from sdx.record.lock import is_held
 from sdx.record.paths import RunPaths
@@ -31,8 +32,14 @@ class RunStatus:
 
 
 def write_status(
-    paths: RunPaths, status: Status, *, step: int, reason: str | None = None
+    paths: RunPaths,
+    status: Status,
+    *,
+    step: int,
+    reason: str | None = None,
+    later: bool = False,
 ) -> RunStatus:
+    """Replaces status.json; `later` leaves it to `behind` where it goes to a store."""
     written = RunStatus(status, step, now(), reason)
     fields: Mapping[str, Any] = {
         "status": status,
@@ -40,7 +47,7 @@ def write_status(
         "updated": written.updated,
         "reason": reason,
     }
-    write_json(paths.status, fields)
+    (write_json_later if later else write_json)(paths.status, fields)
     return written
 
 
