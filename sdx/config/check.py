@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 from sdx.config import resolve
 from sdx.config.errors import Problem, any_of
@@ -25,6 +26,7 @@ from sdx.config.schema import (
     SamplerKind,
     TimestepBias,
 )
+from sdx.config.splits import Split, parse_split
 
 
 def check(config: Config) -> list[Problem]:
@@ -59,6 +61,8 @@ def has_effect(config: Config, path: str) -> bool:
     return path not in _NEEDS or _NEEDS[path][0](config)
 
 
+HELD_OUT = """'data.split="train[:95%]"' 'eval.split="train[95%:]"'"""
+"""How a part of the data is held out, as it is typed."""
 _MAX_NAME_BYTES = 200  # file systems take 255; a sweep adds to the name
 _OVERRULED_BY = {
     "train.epochs": "train.max_steps",
@@ -123,6 +127,14 @@ def _is_adamw(config: Config) -> bool:
     return config.optimizer.kind is OptimizerKind.adamw
 
 
+def _is_measured(config: Config) -> bool:
+    return config.eval.every is not None
+
+
+def _is_traced(config: Config) -> bool:
+    return config.profiler.enabled
+
+
 # Keys that do something only in company: the condition, and how to meet it.
 _NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "data.dir": (_is_imagefolder, "data=imagefolder"),
@@ -146,6 +158,12 @@ _NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     ),
     "diffusion.timestep_bias.begin": (_biases_range, "diffusion.timestep_bias.strategy=range"),
     "diffusion.timestep_bias.end": (_biases_range, "diffusion.timestep_bias.strategy=range"),
+    "eval.split": (_is_measured, "eval.every=N"),
+    "eval.num_batches": (_is_measured, "eval.every=N"),
+    "eval.num_buckets": (_is_measured, "eval.every=N"),
+    "checkpoint.keep_best": (_is_measured, "eval.every=N"),
+    "profiler.skip_steps": (_is_traced, "profiler.enabled=true"),
+    "profiler.steps": (_is_traced, "profiler.enabled=true"),
     "export.hub_model_id": (lambda config: config.export.push_to_hub, "export.push_to_hub=true"),
     "sample.guidance_rescale": (
         lambda config: config.sample.guidance_scale != 1,
@@ -161,7 +179,12 @@ _NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
 }
 
 # Keys that must not stand idle, whoever set them: the run would not be what it says.
-_NEVER_IDLE = ("data.dir", "lr_schedule.warmup_steps", "lr_schedule.warmup_fraction")
+_NEVER_IDLE = (
+    "data.dir",
+    "lr_schedule.warmup_steps",
+    "lr_schedule.warmup_fraction",
+    "checkpoint.keep_best",
+)
 
 
 def _bounds(config: Config) -> Iterator[Problem]:
@@ -314,6 +337,56 @@ def _export(config: Config) -> Iterator[Problem]:
     name = export.hub_model_id
     if name is not None and not re.fullmatch(HUB_ID, name):
         yield Problem("export.hub_model_id", name, "must be OWNER/NAME")
+
+
+def _evaluation(config: Config) -> Iterator[Problem]:
+    length = config.diffusion.num_train_timesteps
+    if config.eval.num_buckets > length:
+        rule = f"at most diffusion.num_train_timesteps={length}"
+        yield Problem("eval.num_buckets", str(config.eval.num_buckets), rule)
+    if not _is_measured(config):
+        return
+    try:
+        ours = parse_split(config.eval.split)
+    except ValueError as error:
+        yield Problem("eval.split", config.eval.split, str(error))
+        return
+    with suppress(ValueError):  # said of data.split
+        if _overlap(ours, parse_split(config.data.split)):
+            rule = f"data.split={config.data.split} trains on some of these"
+            fix = f"give parts that do not meet: {HELD_OUT}"
+            yield Problem("eval.split", config.eval.split, rule, fix)
+
+
+def _overlap(one: Split, other: Split) -> bool:
+    """Whether they share examples, however many of them there are."""
+    if one.name != other.name:
+        return False
+    lengths = (100, 10**9)  # percentages of the first are exact, numbers fit into the second
+    pairs = [(one.rows(length), other.rows(length)) for length in lengths]
+    return all(max(a.start, b.start) < min(a.stop, b.stop) for a, b in pairs)
+
+
+def _best(config: Config) -> Iterator[Problem]:
+    """A checkpoint is judged by the evaluation at its own step."""
+    saved, measured, limit = config.checkpoint.every, config.eval.every, config.train.max_steps
+    if config.checkpoint.keep_best is None or measured is None:
+        return  # _NEEDS says so
+    if saved and measured and (limit is None or math.lcm(saved, measured) < limit):
+        return
+    rule = (
+        f"checkpoint.every={spelled(saved)} and eval.every={measured} do not meet before the end,"
+        " and only checkpoints that are measured are compared"
+    )
+    fix = "make checkpoint.every a multiple of eval.every"
+    yield Problem("checkpoint.keep_best", str(config.checkpoint.keep_best), rule, fix)
+
+
+def _profiler(config: Config) -> Iterator[Problem]:
+    profiler, limit = config.profiler, config.train.max_steps
+    if profiler.enabled and limit is not None and profiler.skip_steps + profiler.steps > limit:
+        rule = f"with profiler.skip_steps={profiler.skip_steps} at most train.max_steps={limit}"
+        yield Problem("profiler.steps", str(profiler.steps), rule)
 
 
 def _resolution(config: Config) -> Iterator[Problem]:
@@ -517,6 +590,9 @@ _RULES: list[Callable[[Config], Iterator[Problem]]] = [
     _objective,
     _sampler,
     _export,
+    _evaluation,
+    _best,
+    _profiler,
     _resolution,
     _weights,
     _architecture,

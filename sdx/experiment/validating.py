@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from sdx.config import resolve
+from sdx.config.check import HELD_OUT
 from sdx.config.schema import Config
 from sdx.data.source import DataError, Source
 from sdx.data.sources import open_source
@@ -29,8 +30,8 @@ def open_validation(config: Config, training: Source, *, say: Say = print) -> So
         source = open_source(data, resolution=resolve.resolution(config), say=say)
     except ValueError as error:
         raise DataError(
-            f"eval.split={split}: cannot be opened; give a split that is there, a part of one such"
-            f" as train[95%:] with data.split=train[:95%], or eval.every=null. It was: {error}"
+            f"eval.split={split}: cannot be opened ({error}); give a split that is there, or a part"
+            f" of what is trained on: {HELD_OUT}."
         ) from error
     _check_held_out(config, training, source, say)
     size = resolve.global_batch_size(config)
@@ -47,9 +48,8 @@ def _check_held_out(config: Config, training: Source, source: Source, say: Say) 
     if training.fingerprint == source.fingerprint or 2 * shared > len(ours):
         raise DataError(
             f"eval.split={config.eval.split}: {shared or len(source)} of its {len(source)} examples"
-            f" are trained on too (data.split={config.data.split}); hold them out: for a folder put"
-            " the others into data.dir/train, else use data.split=train[:95%] and"
-            " eval.split=train[95%:]."
+            f" are trained on too (data.split={config.data.split}); put the others of a folder into"
+            f" data.dir/train, or hold a part out: {HELD_OUT}."
         )
     if shared:
         say(f"eval.split={config.eval.split}: {shared} of {len(ours)} images are trained on too")

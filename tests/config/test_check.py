@@ -47,6 +47,52 @@ RULES = {
         "data.split=../secret",
         "data.split=../secret: must be the name of a split, not a path.",
     ),
+    "measured on what is trained on": (
+        "eval.every=10 eval.split=train",
+        "eval.split=train: data.split=train trains on some of these; give parts that do not meet:"
+        """ 'data.split="train[:95%]"' 'eval.split="train[95%:]"'.""",
+    ),
+    "measured on a part of what is trained on": (
+        'eval.every=10 data.split="train[:96%]" eval.split="train[95%:]"',
+        "eval.split=train[95%:]: data.split=train[:96%] trains on some of these; give parts that do"
+        """ not meet: 'data.split="train[:95%]"' 'eval.split="train[95%:]"'.""",
+    ),
+    "no part at all": (
+        'eval.every=10 eval.split="train[x:]"',
+        "eval.split=train[x:]: its bounds must be whole numbers or whole percentages.",
+    ),
+    "finer than the schedule": (
+        "eval.every=10 eval.num_buckets=1001",
+        "eval.num_buckets=1001: at most diffusion.num_train_timesteps=1000.",
+    ),
+    "split that nothing measures": (
+        "eval.split=test",
+        "eval.split=test: has no effect here; it needs eval.every=N.",
+    ),
+    "best of what": (
+        "checkpoint.keep_best=2",
+        "checkpoint.keep_best=2: has no effect here; it needs eval.every=N.",
+    ),
+    "best of those at the end": (
+        "checkpoint.keep_best=2 eval.every=7 train.max_steps=2000",
+        "checkpoint.keep_best=2: checkpoint.every=300 and eval.every=7 do not meet before the end,"
+        " and only checkpoints that are measured are compared; make checkpoint.every a multiple of"
+        " eval.every.",
+    ),
+    "best of the end": (
+        "checkpoint.keep_best=2 eval.every=0 checkpoint.every=null",
+        "checkpoint.keep_best=2: checkpoint.every=null and eval.every=0 do not meet before the end,"
+        " and only checkpoints that are measured are compared; make checkpoint.every a multiple of"
+        " eval.every.",
+    ),
+    "trace longer than the run": (
+        "profiler.enabled=true profiler.steps=3 train.max_steps=4",
+        "profiler.steps=3: with profiler.skip_steps=2 at most train.max_steps=4.",
+    ),
+    "trace of nothing": (
+        "profiler.skip_steps=3",
+        "profiler.skip_steps=3: has no effect here; it needs profiler.enabled=true.",
+    ),
     "no length": (
         "train.max_steps=null",
         "train.max_steps=null: missing; set it or train.epochs.",
@@ -343,6 +389,10 @@ SOUND = [
     "sampler=euler diffusion.prediction_type=epsilon diffusion.rescale_zero_terminal_snr=true"
     " sample.num_steps=500",
     PHOTOS,
+    "eval.every=200 checkpoint.keep_best=2",
+    'eval.every=0 data.split="train[:95%]" eval.split="train[95%:]"',
+    'eval.every=0 data.split="train[1000:]" eval.split="train[:1000]"',
+    "profiler.enabled=true profiler.skip_steps=1 profiler.steps=3 train.max_steps=4",
 ]
 
 
