@@ -8,7 +8,7 @@ part of the batch at its place; other hosts or more of them change no batch.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +17,7 @@ from jaxtyping import Float16, Float32, Int32, Int64, UInt8
 
 from sdx.config.schema import DataConfig
 from sdx.data.ahead import Ahead, Overdue
+from sdx.data.cached import CachedSource, cached_rows
 from sdx.data.captions import choose_caption
 from sdx.data.draws import shuffled
 from sdx.data.images import training_image
@@ -76,16 +77,11 @@ def make_loader(
             f"train.global_batch_size={global_batch_size}: must be a multiple of the"
             f" {process_count} hosts; use {global_batch_size // process_count * process_count}."
         )
-    rows = PixelRows(
-        source=source,
-        tokenizer=tokenizer,
-        resolution=resolution,
-        interpolation=data.interpolation.value,
-        center_crop=data.center_crop,
-        random_flip=data.random_flip,
-        caption_dropout=data.caption_dropout,
-        seed=seed,
-    )
+    rows: Rows
+    if isinstance(source, CachedSource):
+        rows = cached_rows(source, tokenizer, caption_dropout=data.caption_dropout, seed=seed)
+    else:
+        rows = pixel_rows(source, tokenizer, data, seed=seed, resolution=resolution)
     read = _ReadBatch(
         rows=rows,
         shuffle=data.shuffle,
@@ -103,12 +99,81 @@ def make_loader(
     )
 
 
+def pixel_rows(
+    source: Source, tokenizer: Tokenizer, data: DataConfig, *, seed: int, resolution: int
+) -> "PixelRows":
+    """Rows of a source's images, transformed as `data` says."""
+    return PixelRows(
+        source=source,
+        tokenizer=tokenizer,
+        resolution=resolution,
+        interpolation=data.interpolation.value,
+        center_crop=data.center_crop,
+        random_flip=data.random_flip,
+        caption_dropout=data.caption_dropout,
+        seed=seed,
+    )
+
+
+class ReadAhead(Iterator[dict[str, Any]]):
+    """`read(step)` for one step after the other, done before it is asked for, by threads or by
+    processes that have threads; `close` stops them. Also a context manager.
+
+    An error while reading is raised by `__next__` with its traceback. `DataError` is raised where a
+    loader process died, and where nothing came for `timeout_s`.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], dict[str, Any]],
+        start_step: int,
+        *,
+        num_workers: int,
+        timeout_s: float,
+    ):
+        self._timeout_s = timeout_s
+        self._workers = Workers(read, start_step, num_workers) if num_workers else None
+        self._batches: Ahead[dict[str, Any]] = Ahead(
+            read if self._workers is None else self._workers.read,
+            start_step,
+            num_threads=1 if num_workers else _NUM_THREADS,
+            timeout_s=timeout_s,
+            name="sdx-loader",
+        )
+
+    def __next__(self) -> dict[str, Any]:
+        try:
+            return next(self._batches)
+        except Overdue as overdue:
+            stack = overdue.stack
+            if self._workers is not None:
+                stack = self._workers.stacks()
+                self._workers.kill()  # closing would wait for them
+            raise DataError(
+                f"data.worker_timeout_s={self._timeout_s:g}: no batch for step {overdue.number}"
+                " came in that time. What is read hangs (a mounted or remote file system?) or takes"
+                " longer than it may: then raise the limit. Start again and the run goes on"
+                f" from its last checkpoint. Where reading stands:\n{stack}"
+            ) from None
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        self._batches.close()
+        if self._workers is not None:
+            self._workers.close()
+
+    def __enter__(self) -> "ReadAhead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class Loader(Iterator[HostBatch]):
     """Batches in order; `close` stops its threads and processes. Also a context manager.
 
-    An error while reading is raised by `__next__` with its traceback. `DataError` is raised where a
-    loader process died, where no batch came for `timeout_s`, and where more than `max_bad_fraction`
-    of all images became unreadable; those are kept in `bad_images`.
+    Raises what `ReadAhead` does, and `DataError` where more than `max_bad_fraction` of all images
+    became unreadable; those are kept in `bad_images`.
     """
 
     def __init__(
@@ -123,19 +188,11 @@ class Loader(Iterator[HostBatch]):
         self.bad_images: dict[int, BadImage] = {}
         self._num_examples = len(read.rows)
         self._max_bad_fraction = max_bad_fraction
-        self._timeout_s = timeout_s
-        self._workers = Workers(read, start_step, num_workers) if num_workers else None
-        self._batches: Ahead[dict[str, Any]] = Ahead(
-            read if self._workers is None else self._workers.read,
-            start_step,
-            num_threads=1 if num_workers else _NUM_THREADS,
-            timeout_s=timeout_s,
-            name="sdx-loader",
-        )
+        self._batches = ReadAhead(read, start_step, num_workers=num_workers, timeout_s=timeout_s)
 
     def __next__(self) -> HostBatch:
         try:
-            fields = self._next()
+            fields = next(self._batches)
             bad: dict[int, BadImage] = fields.pop("bad_images")
             self._count(bad)
         except BaseException:
@@ -147,8 +204,6 @@ class Loader(Iterator[HostBatch]):
     def close(self) -> None:
         """Stops reading ahead. Batches handed out stay valid; no more can be asked for."""
         self._batches.close()
-        if self._workers is not None:
-            self._workers.close()
 
     def __enter__(self) -> "Loader":
         return self
@@ -156,33 +211,25 @@ class Loader(Iterator[HostBatch]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _next(self) -> dict[str, Any]:
-        try:
-            return next(self._batches)
-        except Overdue as overdue:
-            stack = overdue.stack
-            if self._workers is not None:
-                stack = self._workers.stacks()
-                self._workers.kill()  # closing would wait for them
-            raise DataError(
-                f"data.worker_timeout_s={self._timeout_s:g}: no batch for step {overdue.number}"
-                " came in that time. What is read hangs (a mounted or remote file system?) or takes"
-                " longer than that: see to it or raise the limit, and start again; the run goes on"
-                f" from its last checkpoint. Where reading stands:\n{stack}"
-            ) from None
-
     def _count(self, bad: dict[int, BadImage]) -> None:
         self.bad_images |= bad
-        num_bad = len(self.bad_images)
-        if num_bad / self._num_examples > self._max_bad_fraction:
-            found = tuple(self.bad_images.values())
-            raise DataError(
-                f"data.max_bad_fraction={self._max_bad_fraction}: {num_bad} of"
-                f" {self._num_examples} images became unreadable while training"
-                f" ({count_reasons(found)}); the first is {found[0].path}. Restore the files and"
-                " start again, or raise the limit.",
-                found,
-            )
+        check_bad_images(
+            self.bad_images.values(), self._num_examples, self._max_bad_fraction, "while training"
+        )
+
+
+def check_bad_images(
+    bad_images: Collection[BadImage], num_examples: int, max_bad_fraction: float, when: str
+) -> None:
+    """Raises `DataError` where too many images could not be read."""
+    if len(bad_images) / num_examples > max_bad_fraction:
+        found = tuple(bad_images)
+        raise DataError(
+            f"data.max_bad_fraction={max_bad_fraction}: {len(found)} of {num_examples} images"
+            f" became unreadable {when} ({count_reasons(found)}); the first is {found[0].path}."
+            " Restore the files and start again, or raise the limit.",
+            found,
+        )
 
 
 Place = tuple[int, int]
