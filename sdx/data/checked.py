@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,9 +24,10 @@ from jaxtyping import Int32
 
 from sdx.config.splits import Split
 from sdx.data.images import check_size, decode
+from sdx.data.remembered import CACHE, recall, remember
 from sdx.data.source import BadImage, BadImageError, DataError, Example, count_reasons
 
-SCAN_CACHE = Path("~/.cache/sdx/scans")
+SCAN_CACHE = CACHE / "scans"
 
 _MAX_BAD_SHOWN = 10
 _NUM_THREADS = min(16, os.cpu_count() or 1)
@@ -193,8 +193,8 @@ class _Scan:
     def __init__(self, records: Records, max_pixels: int, cache: Path | None):
         self._records = records
         self._max_pixels = max_pixels
-        self._file = cache and _cache_file(cache, records.key)
-        self._known = _read_cache(self._file)
+        self._cache = cache
+        self._known = _read(recall(cache, records.key))
 
     def judge(self, rows: range, say: Callable[[str], None]) -> list[_Good | BadImage]:
         """An entry for each good record, in order, and a `BadImage` for each bad one."""
@@ -207,8 +207,9 @@ class _Scan:
         bad = {name for name, memory, _ in judged if memory is None}
         others = {} if len(rows) == len(self._records) else self._known  # those of other slices
         good = {name: memory for name, memory in others.items() if name not in bad} | found
-        if self._file is not None and good != self._known:
-            _write_cache(self._file, good, say)
+        if good != self._known:
+            kept = {name: [m.stamp, m.height, m.width, m.digest] for name, m in good.items()}
+            remember(self._cache, self._records.key, kept, say)
         return [verdict for _, _, verdict in judged]
 
     def _judge(self, rows: range) -> list[tuple[str, _Remembered | None, _Good | BadImage]]:
@@ -239,33 +240,12 @@ class _Scan:
         return _Remembered(stamp, height, width, digest)
 
 
-def _cache_file(cache: Path, key: str) -> Path:
-    name = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:16]
-    return cache.expanduser() / f"{name}.json"
-
-
-def _read_cache(file: Path | None) -> dict[str, _Remembered]:
-    """What is remembered, by name; empty where there is none to read."""
-    if file is None:
-        return {}
+def _read(content: Any) -> dict[str, _Remembered]:
+    """What is remembered, by name; empty where it is nothing that this file wrote."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
         return {
             str(name): _Remembered(tuple(map(int, stamp)), int(height), int(width), str(digest))
             for name, (stamp, height, width, digest) in content.items()
         }
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError):
         return {}  # then everything is checked again
-
-
-def _write_cache(file: Path, good: dict[str, _Remembered], say: Callable[[str], None]) -> None:
-    rows = {name: [m.stamp, m.height, m.width, m.digest] for name, m in good.items()}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=file.parent, delete=False
-        ) as temporary:
-            json.dump(rows, temporary)
-        os.replace(temporary.name, file)
-    except OSError as error:
-        say(f"the check of the images is not remembered: {file}: {error.strerror}")

@@ -36,16 +36,24 @@ def split_files(root: Path, pattern: str | None, suffixes: Iterable[str], split:
             f"data.dir={root}: no file in it matches {wanted}; give the folder that holds them, or"
             " their pattern as data.files."
         )
-    words = {path: set(_words(path.relative_to(root))) for path in files}
-    named = [path for path in files if split in words[path]]
+    names = {path.relative_to(root).as_posix(): path for path in files}
+    return [names[name] for name in names_of_split(names, split, str(root))]
+
+
+def names_of_split(names: Iterable[str], split: str, place: str) -> list[str]:
+    """Those of the files' names that hold the examples of `split`, by the words of their paths."""
+    words = {name: set(re.split(r"[^A-Za-z0-9]+", name)) for name in names}
+    named = [name for name in words if split in words[name]]
     if not named and split == "train":
-        named = [path for path in files if words[path].isdisjoint(_KNOWN_SPLITS)]
+        named = [name for name in words if words[name].isdisjoint(_KNOWN_SPLITS)]
     if not named:
-        there = [name for name in _KNOWN_SPLITS if any(name in words[path] for path in files)]
+        there = [
+            split for split in _KNOWN_SPLITS if any(split in found for found in words.values())
+        ]
         if "train" not in there and any(w.isdisjoint(_KNOWN_SPLITS) for w in words.values()):
             there = ["train", *there]
         raise DataError(
-            f"data.split={split}: no file of {root} is of that split; there are"
+            f"data.split={split}: no file of {place} is of that split; there are"
             f" {', '.join(there)}. A file belongs to the split that is a word of its path."
         )
     return named
@@ -60,7 +68,3 @@ def _matching(root: Path, pattern: str | None, suffixes: tuple[str, ...]) -> lis
         and path.is_file()
     ]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
-
-
-def _words(path: Path) -> list[str]:
-    return re.split(r"[^A-Za-z0-9]+", path.as_posix())

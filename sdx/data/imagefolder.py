@@ -16,30 +16,43 @@ What becomes of what is wrong:
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from stat import S_ISREG
+from typing import Any
 
 from sdx.data.files import existing_folder
 from sdx.data.metadata import TABLES, Listed, check_inside, read_caption_file, read_table
 from sdx.data.source import BadImageError, DataError
 
 # Formats sdx does not read are listed too: such an image is reported, not passed over in silence.
-_SUFFIXES = frozenset(
+IMAGE_SUFFIXES = tuple(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .heic .heif .jxl".split()
 )
 _MAX_FILE_BYTES = 1 << 30  # files are read whole
 
 
 class ImageFolderRecords:
-    """The images of a folder, in the order of their paths; see `checked.Records`."""
+    """The images of a folder, in the order of their paths; see `checked.Records`.
 
-    provenance: dict[str, str] = {}
+    Links may lead anywhere in `links_to`, by default `dir` itself.
+    """
 
-    def __init__(self, dir: str | Path, *, split: str = "train", caption_column: str = "text"):
+    def __init__(
+        self,
+        dir: str | Path,
+        *,
+        split: str = "train",
+        caption_column: str = "text",
+        links_to: Path | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ):
         self._root = existing_folder(Path(dir))
+        self._links_to = links_to or self._root
+        self.provenance = dict(provenance or {})
         base = _split_folder(self._root, split)
-        files, tables = _walk(self._root, base)
-        self._listed = _read_tables(tables, self._root, base, caption_column)
+        files, tables = _walk(self._root, base, self._links_to)
+        self._listed = _read_tables(tables, self._links_to, base, caption_column)
         self._paths = sorted({*files, *self._listed}, key=lambda path: path.as_posix())
         if not self._paths:
             raise DataError(
@@ -86,7 +99,7 @@ class ImageFolderRecords:
         file = path.with_suffix(".txt")
         if not file.is_file():
             raise BadImageError("no caption", f"no row in a table, and no {file.name}")
-        caption = read_caption_file(file, self._root)
+        caption = read_caption_file(file, self._links_to)
         if not caption:
             raise BadImageError("no caption", f"{file.name} is blank")
         return (caption,)
@@ -111,8 +124,8 @@ def _split_folder(root: Path, split: str) -> Path:
     return root
 
 
-def _walk(root: Path, base: Path) -> tuple[list[Path], list[Path]]:
-    """Images under `base`, and the tables there and in `root`."""
+def _walk(root: Path, base: Path, links_to: Path) -> tuple[list[Path], list[Path]]:
+    """Images under `base`, and the tables there and in `root`; links stay in `links_to`."""
     images = []
     tables = [root / name for name in TABLES if base != root and (root / name).is_file()]
     for folder, folders, names in os.walk(base, onerror=_raise):
@@ -120,11 +133,11 @@ def _walk(root: Path, base: Path) -> tuple[list[Path], list[Path]]:
         for name in (*folders, *names):
             path = Path(folder, name)
             if path.is_symlink() and not name.startswith("."):
-                check_inside(path, root, str(path))
+                check_inside(path, links_to, str(path))
         images += [
             Path(folder, name)
             for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in _SUFFIXES
+            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
         ]
         tables += [Path(folder, name) for name in TABLES if name in names]
     return images, tables

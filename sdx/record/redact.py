@@ -23,3 +23,9 @@ def redact(text: str) -> str:
     for secret in _SECRETS:
         text = secret.sub(lambda match: (match.groupdict().get("keep") or "") + MASK, text)
     return text
+
+
+def said_by(error: BaseException) -> str:
+    """The first line of an error, without what follows `?` in an address: signatures do."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return redact(re.sub(r"\?\S*", "", lines[0])) if lines else type(error).__name__

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from sdx.record.redact import redact
+from sdx.record.redact import said_by
 from sdx.weights.errors import WeightsError
 from sdx.weights.folder import (
     CONFIGS,
@@ -125,16 +125,10 @@ def _unavailable(source: str, revision: str | None, error: Exception) -> Weights
     if mirrors:
         return WeightsError(
             f"model.pretrained={source}: was deleted from the Hub; the same files are at "
-            f"{' and '.join(mirrors)}, give that ({_reason(error)})."
+            f"{' and '.join(mirrors)}, give that ({said_by(error)})."
         )
     wanted = source if revision is None else f"{source} (model.revision={revision})"
     return WeightsError(
         f"model.pretrained={wanted}: no folder of that name here, and it could not be had from the "
-        f"Hub ({_reason(error)}); {fix}."
+        f"Hub ({said_by(error)}); {fix}."
     )
-
-
-def _reason(error: Exception) -> str:
-    """The client's first line, without what follows `?` in an address: signatures do."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return redact(re.sub(r"\?\S*", "", lines[0])) if lines else type(error).__name__

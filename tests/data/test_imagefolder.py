@@ -147,7 +147,7 @@ def test_one_table_above_the_splits(folder: Path):
 def test_missing_folder_has_four_parts(folder: Path):
     message = refusal(folder / "absent")
     assert message.startswith(f"data.dir={folder}/absent: no such folder, must be the folder")
-    assert "give the path" in message
+    assert "give its path" in message
     assert "a file, must be the folder" in refusal(add(folder / "a.png"))
 
 
