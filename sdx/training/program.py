@@ -180,13 +180,7 @@ def build(config: Config, mesh: Mesh, *, max_steps: int) -> Program:
     """
     batch_size = resolve.global_batch_size(config, mesh.size)
     check_batch(config, mesh, batch_size)
-    networks = make_networks(
-        config.model,
-        attention=select_attention(config.attention.kind, config.hardware.platform),
-        dtype=resolve.activations_dtype(config),
-        remat=config.train.remat,
-        trains_text_encoder=config.train.text_encoder,
-    )
+    networks = networks_of(config)
     captions = IN_THE_STEP if config.train.text_encoder else BEFORE_THE_STEP
     predict = partial(captions.predict, networks)
     rule = _make_rule(config, mesh, predict, max_steps, batch_size)
@@ -219,6 +213,17 @@ def build(config: Config, mesh: Mesh, *, max_steps: int) -> Program:
     )
 
 
+def networks_of(config: Config) -> Networks:
+    """The networks as `config` computes them."""
+    return make_networks(
+        config.model,
+        attention=select_attention(config.attention.kind, config.hardware.platform),
+        dtype=resolve.activations_dtype(config),
+        remat=config.train.remat,
+        trains_text_encoder=config.train.text_encoder,
+    )
+
+
 def encode(
     networks: Networks, frozen: Params, batch: Batch
 ) -> tuple[Float[Array, "b h w m"], Float[Array, "b s d"]]:
@@ -226,7 +231,7 @@ def encode(
     moments = _moments(networks, frozen, batch)
     if batch.context is not None:
         return moments, batch.context.astype(jnp.float32)
-    return moments, _encode_text(networks, frozen["text_encoder"], batch.tokens)
+    return moments, text_states(networks, frozen["text_encoder"], batch.tokens)
 
 
 def predict(
@@ -255,7 +260,7 @@ def predict_from_tokens(
     tokens: Int32[Array, "b s"],
 ) -> Float[Array, "b h w c"]:
     """The UNet's raw output for captions that the text encoder in `params` reads."""
-    context = _encode_text(networks, params["text_encoder"], tokens)
+    context = text_states(networks, params["text_encoder"], tokens)
     return predict(networks, params, noisy, timesteps, context)
 
 
@@ -275,13 +280,21 @@ def _moments(networks: Networks, frozen: Params, batch: Batch) -> Float[Array, "
     if batch.moments is not None:
         return batch.moments.astype(jnp.float32)
     assert batch.images is not None, "a batch holds images or moments"
-    pixels = batch.images.astype(jnp.float32) / 127.5 - 1
-    return networks.vae.apply(frozen["vae"], pixels, method="encode").astype(jnp.float32)
+    return image_moments(networks, frozen["vae"], batch.images)
 
 
-def _encode_text(
+def image_moments(
+    networks: Networks, vae: Params, images: UInt8[Array, "b H W 3"]
+) -> Float[Array, "b h w m"]:
+    """VAE moments of images 0 to 255; float32."""
+    pixels = images.astype(jnp.float32) / 127.5 - 1
+    return networks.vae.apply(vae, pixels, method="encode").astype(jnp.float32)
+
+
+def text_states(
     networks: Networks, text_encoder: Params, tokens: Int32[Array, "b s"]
 ) -> Float[Array, "b s d"]:
+    """What the text encoder makes of tokens; float32."""
     return networks.text_encoder.apply(text_encoder, tokens).astype(jnp.float32)
 
 
