@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from sdx.config import resolve
 from sdx.config.check import check
@@ -145,6 +145,7 @@ class Pipeline:
         guidance_rescale: float = 0.0,
         sampler: str | None = None,
         latents: Float[np.ndarray, "b h w c"] | None = None,
+        keys: UInt32[np.ndarray, "b k"] | None = None,
         seed: int = 0,
         output: Literal["images", "latents"] = "images",
         should_stop: Callable[[], bool] = lambda: False,
@@ -154,9 +155,9 @@ class Pipeline:
 
         `negative_prompts` is one for all, or one for each; default empty. Picture i of a seed is
         the same whatever the other prompts. `sampler` is ddpm, ddim, pndm, euler or dpmpp_2m, by
-        default the model's own. `latents` replaces the noise that `seed` gives to start from.
-        Raises SamplerError for what the sampler cannot do, SamplingStopped soon after `should_stop`
-        says so.
+        default the model's own. `latents` replaces the noise that `seed` gives to start from,
+        `keys` what ddpm draws more with. Raises SamplerError for what the sampler cannot do,
+        SamplingStopped soon after `should_stop` says so.
         """
         if not _listed("prompts", prompts):
             raise ValueError("prompts: none given; give at least one (it may be empty).")
@@ -166,7 +167,7 @@ class Pipeline:
             rule = replace(rule, kind=SamplerKind[sampler])
         negatives = _listed("negative_prompts", negative_prompts or [""])
         negatives = _one_for_each(negatives, len(prompts))
-        keys = picture_keys(seed, len(prompts))
+        keys = picture_keys(seed, len(prompts)) if keys is None else keys
         if latents is None:
             latents = initial_latents(seed, (len(prompts), *self.latent_shape))
         _check_latents(np.shape(latents), (len(prompts), *self.latent_shape))
@@ -239,14 +240,15 @@ def load(
     *,
     variant: str | None = None,
     model: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Pipeline:
     """The model in a diffusers-layout folder, an original file, a Hub id or an sdx run folder.
 
     A run folder gives its newest checkpoint, averaged weights where it keeps them. `revision` is a
     branch, tag or commit on the Hub, `variant` one of the weight files, such as fp16. `dtype` is
     what is computed in: float32 or bfloat16. `model` is the option of conf/model that an original
-    .safetensors file is, where the file does not tell. Raises WeightsError, ConfigError or
-    NoValidCheckpoint with the reason.
+    .safetensors file is, where the file does not tell; `mesh` is what it lies on, by default one
+    device. Raises WeightsError, ConfigError or NoValidCheckpoint with the reason.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: use float32 or bfloat16.")
@@ -257,7 +259,7 @@ def load(
             "what it is; leave it out."
         )
     if (path / "config.yaml").is_file():
-        return load_run(path, dtype=dtype)[1]
+        return load_run(path, dtype=dtype, mesh=mesh)[1]
     if not path.exists() and not re.fullmatch(HUB_ID, str(source)):
         raise WeightsError(
             f"{source}: no sdx run, no folder in diffusers' layout, no original .safetensors file "
@@ -270,7 +272,7 @@ def load(
     diffusion, sampler = read_scheduler(files.config("scheduler") or {}, files.where("scheduler"))
     found = read_model(files)
     _check_numbers(str(source), found, diffusion)
-    networks, mesh = _networks(found, dtype), one_device_mesh()
+    networks, mesh = _networks(found, dtype), mesh or one_device_mesh()
     return _assemble(files, networks, {}, mesh, found, diffusion, sampler, found.resolution)
 
 
@@ -328,6 +330,7 @@ def load_run(
     dtype: str = "float32",
     which: Literal["ema", "params"] | None = None,
     step: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[int, Pipeline]:
     """The step and the model of a run's checkpoint: that of `step`, or the newest.
 
@@ -336,7 +339,7 @@ def load_run(
     """
     config = from_saved(run)
     networks = _networks(config.model, dtype)
-    mesh = one_device_mesh()
+    mesh = mesh or one_device_mesh()
     which = which or ("ema" if config.train.ema else "params")
     found, restored = restore_params(RunPaths(run).checkpoints, which, step=step, say=print)
     abstract = _abstract(networks, mesh)
@@ -402,7 +405,7 @@ def _networks(model: ModelConfig, dtype: str) -> Networks:
 
 
 def _abstract(networks: Networks, mesh: Mesh) -> Params:
-    """Shapes of all parameters, and that they lie whole on the mesh's one device."""
+    """Shapes of all parameters, and that they lie whole on each of the mesh's devices."""
     shapes = {
         "unet": networks.unet.abstract(),
         "vae": networks.vae.abstract(),

@@ -58,6 +58,12 @@ def one_device_mesh() -> Mesh:
     return Mesh([[jax.devices()[:1]]], AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def local_devices_mesh() -> Mesh:
+    """A mesh of all devices of this process, each with the whole model, for many pictures."""
+    devices = [[[device]] for device in jax.local_devices()]
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def axis_sizes(axes: MeshAxes, num_devices: int, hardware_name: str) -> tuple[int, int, int]:
     """Sizes of data, fsdp and tensor for `num_devices`, with the axis given as -1 filled in."""
     sizes = {name: getattr(axes, name) for name in AXES}

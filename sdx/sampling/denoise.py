@@ -4,7 +4,7 @@ The loop is Python's. XLA's CPU kernels are 6 times slower inside a loop of its 
 the dispatch of the next update hides behind the one that runs, and a signal can stop it anywhere.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,6 +46,18 @@ def picture_keys(seed: int, count: int) -> UInt32[np.ndarray, "b k"]:
     """The random key of each picture, of the seed and its place alone, as raw data; for DDPM."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(count))
     return np.asarray(jax.random.key_data(keys))
+
+
+def numbered_noise(
+    seed: int, numbers: Sequence[int], shape: tuple[int, ...]
+) -> tuple[Float[np.ndarray, "b h w c"], UInt32[np.ndarray, "b k"]]:
+    """Initial noise (of `shape` each) and random keys of pictures of a set too large to be drawn at
+    once: functions of the seed and a picture's number, whichever others are drawn beside it."""
+    noise, more = jax.random.split(jax.random.key(seed))
+    places = jnp.asarray(numbers, jnp.uint32)
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    latents = jax.vmap(lambda key: jax.random.normal(key, shape))(fold(noise, places))
+    return np.asarray(latents), np.asarray(jax.random.key_data(fold(more, places)))
 
 
 def denoise(

@@ -20,6 +20,7 @@ from sdx.sampling.denoise import (
     SamplingStopped,
     denoise,
     initial_latents,
+    numbered_noise,
     picture_keys,
 )
 from tests.diffusers_schedulers import drive, make_scheduler
@@ -184,3 +185,12 @@ def test_pictures_split_over_devices_are_the_same(kind: SamplerKind) -> None:
     split = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("data"))
     whole, parted = (run(make_rule(kind=kind), place=place) for place in (None, split))
     np.testing.assert_allclose(parted, whole, atol=1e-5)
+
+
+def test_a_picture_of_a_large_set_begins_from_its_number_alone() -> None:
+    latents, keys = numbered_noise(3, [0, 1, 2, 30_000], (4, 4, 2))
+    some, some_keys = numbered_noise(3, [30_000, 1], (4, 4, 2))
+    np.testing.assert_array_equal(some, latents[[3, 1]])
+    np.testing.assert_array_equal(some_keys, keys[[3, 1]])
+    other, _ = numbered_noise(4, [0], (4, 4, 2))
+    assert len(np.unique(np.concatenate([latents, other]))) == 5 * 32
