@@ -5,6 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sdx.record.validation import parse_step
+
 FINISHED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
 
 
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights", choices=("ema", "raw"), help="averaged or raw (averaged where the run has it)"
     )
-    parser.add_argument("--step", type=int, help="checkpoint of that step (the newest)")
+    parser.add_argument("--step", type=parse_step, help="that checkpoint, or best (the newest)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sdx.sample", description=__doc__)
-    parser.add_argument("source", help="run, model folder, original .safetensors file or Hub id")
+    parser.add_argument("source", help="run, RUN@STEP, RUN@best, folder, .safetensors or Hub id")
     parser.add_argument("--prompt", action="append", required=True, help="may be given many times")
     parser.add_argument("--negative-prompt", help="what guidance steers away from (the run's own)")
     parser.add_argument("--num-images", type=_whole, default=1, help="pictures of each prompt (1)")

@@ -9,8 +9,10 @@ from sdx.config.errors import ConfigError
 from sdx.config.schema import SampleConfig
 from sdx.data.source import DataError
 from sdx.diffusion.plans import SamplerError
-from sdx.pipeline import load
+from sdx.experiment.validating import named_step
+from sdx.pipeline import load, load_run
 from sdx.record.paths import RunPaths
+from sdx.record.validation import parse_run
 from sdx.training.checkpoint import CheckpointMismatch, NoValidCheckpoint
 from sdx.training.pictures import make_grid, save_png, to_uint8
 from sdx.weights.errors import WeightsError
@@ -47,14 +49,19 @@ def draw(
 ) -> Path:
     """The folder with `grid.png` and a PNG for each prompt and number; raises DRAWING_FAULTS.
 
-    What is None is the run's own `sample.*`, or the schema's default for a model folder; `sampler`
-    the run's or the folder's own. `model` is what an original file is, where it does not tell.
+    RUN@STEP and RUN@best are checkpoints of a run. What is None is the run's own `sample.*`, or the
+    schema's default for a model folder; `sampler` the run's or the folder's own. `model` is what an
+    original file is, where it does not tell.
     """
-    paths = RunPaths(Path(source).expanduser())
+    run, step = parse_run(source)
+    paths = RunPaths(run)
     is_run = paths.config.is_file()
     folder = out or (paths.samples / "drawn" if is_run else Path("samples"))
     own = from_saved(paths.config).sample if is_run else SampleConfig()
-    pipeline = load(source, model=model)
+    if is_run and step is not None:
+        pipeline = load_run(paths.root, step=named_step(paths, step))[1]
+    else:
+        pipeline = load(source, model=model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -17,11 +17,13 @@ from sdx.data.source import DataError
 from sdx.diffusion.plans import SamplerError
 from sdx.experiment.model_card import EXAMPLE_PROMPT, GRID, Trained, model_card
 from sdx.experiment.publishing import PublishError, publish
+from sdx.experiment.validating import named_step
 from sdx.experiment.verifying import NotTheSame, check_can_verify, verify
 from sdx.pipeline import Pipeline, load, load_run
 from sdx.record.files import DamagedRecord, now, read_json, write_json, write_text
 from sdx.record.metrics import read_metrics
 from sdx.record.paths import RunPaths
+from sdx.record.validation import Step
 from sdx.training.checkpoint import CheckpointMismatch, NoValidCheckpoint
 from sdx.weights.errors import WeightsError
 from sdx.weights.export import ExportError
@@ -61,7 +63,7 @@ def export(
     folder: Path,
     *,
     weights: Weights | None = None,
-    step: int | None = None,
+    step: Step | None = None,
     dtype: str = "float32",
     verifies: bool = False,
     hub_id: str | None = None,
@@ -70,7 +72,8 @@ def export(
 ) -> None:
     """Writes a run's model, or any other that `sdx.load` takes, to `folder`; uploads nothing.
 
-    `weights` None is the average where the run keeps one, `step` None its newest checkpoint. The
+    `weights` None is the average where the run keeps one, `step` None its newest checkpoint,
+    "best" that of lowest validation loss. The
     card is written for `hub_id`, if it will go there; `named` is the option of conf/model that an
     original file is. Raises one of EXPORT_FAULTS, or NotTheSame where diffusers draws another
     picture from it; `folder` is as it was then.
@@ -80,7 +83,7 @@ def export(
     paths = RunPaths(Path(source).expanduser())
     if paths.config.is_file() and named is None:
         check_replaceable(folder, _of(paths))  # before the minutes that loading can take
-        model = _load_run(paths, weights, step)
+        model = _load_run(paths, weights, named_step(paths, step))
     elif weights is None and step is None:
         name = Path(source).name
         check_replaceable(folder, name)

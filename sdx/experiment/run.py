@@ -43,7 +43,13 @@ from sdx.record.metrics import truncate_after
 from sdx.record.paths import RunPaths
 from sdx.record.run import AlreadyFinished, Change, RunRecord, start
 from sdx.record.status import Status, read_status
-from sdx.record.validation import ValidationHistory, read_history
+from sdx.record.validation import (
+    BEST,
+    ValidationHistory,
+    best_checkpoint,
+    parse_run,
+    read_history,
+)
 from sdx.sampling.denoise import SamplingStopped
 from sdx.training.checkpoint import (
     Checkpointer,
@@ -168,11 +174,18 @@ def _check_parent(setup: Setup) -> None:
     text = setup.config.run.resume_from
     if text is None or setup.paths.checkpoints.is_dir():
         return
-    parent, step = _parse_parent(text)
+    parent, step = parse_run(text)
+    if step == BEST:
+        step = best_checkpoint(RunPaths(parent))
+        if step is None:
+            raise RefusedStart(
+                f"run.resume_from={text}: none of its checkpoints was measured (eval.every); use "
+                "RUN or RUN@STEP."
+            )
     there = sorted(int(p.name) for p in RunPaths(parent).checkpoints.glob("*") if p.name.isdigit())
     if not there or step not in (None, *there):
         found = f"it has the steps {', '.join(map(str, there))}" if there else "no checkpoint there"
-        raise RefusedStart(f"run.resume_from={text}: {found}; use RUN or RUN@STEP.")
+        raise RefusedStart(f"run.resume_from={text}: {found}; use RUN, RUN@STEP or RUN@best.")
     _check_same_parts(setup.config, text, parent)
 
 
@@ -371,8 +384,9 @@ class Attempt:
         if config.run.resume is ResumePolicy.must:
             raise NoValidCheckpoint(f"run.resume=must: {checkpointer.folder} holds no checkpoint.")
         if config.run.resume_from is not None:
-            parent, step = _parse_parent(config.run.resume_from)
+            parent, step = parse_run(config.run.resume_from)
             folder = RunPaths(parent).checkpoints
+            step = best_checkpoint(RunPaths(parent)) if step == BEST else step
             found = restore_step(folder, step, program.abstract_state, say=self.say)
             self.say(f"forked from {parent} at step {found[0]}")
             self.record.update(parent=f"{parent}@{found[0]}")
@@ -490,14 +504,6 @@ def _headline(setup: Setup) -> str:
         f"{setup.max_steps} steps of {config.train.global_batch_size}, "
         f"{devices.size} x {devices.flat[0].device_kind} -> {setup.paths.root}"
     )
-
-
-def _parse_parent(text: str) -> tuple[Path, int | None]:
-    """RUN or RUN@STEP."""
-    folder, at, step = text.rpartition("@")
-    if at and step.isdigit():
-        return Path(folder).expanduser(), int(step)
-    return Path(text).expanduser(), None
 
 
 def _remove_later_pictures(paths: RunPaths, step: int) -> None:

@@ -7,8 +7,10 @@ from sdx.config.check import HELD_OUT
 from sdx.config.schema import Config
 from sdx.data.source import DataError, Source
 from sdx.data.sources import open_source
+from sdx.record.paths import RunPaths
 from sdx.record.run import RunRecord
-from sdx.record.validation import ValidationHistory
+from sdx.record.validation import BEST, Step, ValidationHistory, best_checkpoint
+from sdx.training.checkpoint import NoValidCheckpoint
 from sdx.training.evaluation import Evaluator, check_buckets, evaluation_data, num_measured
 from sdx.training.metrics import MetricSink
 from sdx.training.state import Params
@@ -111,3 +113,16 @@ def continue_history(
     history.cut_after(first_step)
     if history.of:
         record.update(validation=history.fields())
+
+
+def named_step(paths: RunPaths, step: Step | None) -> int | None:
+    """The step that is meant, None for the newest; NoValidCheckpoint where none was measured."""
+    if step != BEST:
+        return step
+    best = best_checkpoint(paths)
+    if best is None:
+        raise NoValidCheckpoint(
+            f"{paths.root}: no checkpoint of it was measured (eval.every), so none is the best; "
+            "give a step."
+        )
+    return best

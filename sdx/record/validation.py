@@ -8,12 +8,18 @@ the best is known as such after a kill. `of` names the examples; losses of other
 """
 
 import math
+from argparse import ArgumentTypeError
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from sdx.record.files import read_json
-from sdx.record.store import AnyPath
+from sdx.record.paths import RunPaths
+from sdx.record.store import AnyPath, as_path
+
+BEST: Literal["best"] = "best"
+Step = int | Literal["best"]
+"""A checkpoint as people name it: its step, or the one of lowest validation loss."""
 
 
 @dataclass
@@ -54,6 +60,27 @@ def read_history(run: AnyPath) -> ValidationHistory:
     known = sorted((int(step), loss) for step, loss in fields["losses"].items())
     losses = {step: math.nan if loss is None else loss for step, loss in known}
     return ValidationHistory(fields["of"], losses)
+
+
+def best_checkpoint(paths: RunPaths) -> int | None:
+    """The step of the checkpoint of lowest validation loss; None where none was measured."""
+    there = [int(path.name) for path in paths.checkpoints.glob("*") if path.name.isdigit()]
+    return next(iter(read_history(paths.run).best(there)), None)
+
+
+def parse_run(text: str) -> tuple[AnyPath, Step | None]:
+    """RUN, RUN@STEP or RUN@best: the folder, and which of its checkpoints."""
+    folder, at, step = text.rpartition("@")
+    if at and (step == BEST or step.isdigit()):
+        return as_path(folder), BEST if step == BEST else int(step)
+    return as_path(text), None
+
+
+def parse_step(text: str) -> Step:
+    """What `--step` says."""
+    if text != BEST and not text.isdigit():
+        raise ArgumentTypeError(f"{text}: must be the step of a checkpoint, or best")
+    return BEST if text == BEST else int(text)
 
 
 def _plain(loss: float) -> float | None:
