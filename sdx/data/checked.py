@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, UInt64
 
 from sdx.config.splits import Split
 from sdx.data.images import check_size, decode
-from sdx.data.remembered import CACHE, recall, remember
+from sdx.data.remembered import SCAN_CACHE, recall, remember
 from sdx.data.source import BadImage, BadImageError, DataError, Example, count_reasons
-
-SCAN_CACHE = CACHE / "scans"
 
 _MAX_BAD_SHOWN = 10
 _NUM_THREADS = min(16, os.cpu_count() or 1)
@@ -89,7 +87,8 @@ class _Good:
 class CheckedSource:
     """The good ones among the records of a split, in their order; a `Source`.
 
-    `sizes` are the images' heights and widths as shown, `bad_images` what was left out. The
+    `sizes` are the images' heights and widths as shown, `digests` tell their files apart,
+    `bad_images` is what was left out. The
     fingerprint is of the images' bytes and the captions alone: the same examples have the same one
     wherever and however they are stored. `say` is handed lines for the user. Raises `DataError`
     where no image is usable, or more than `max_bad_fraction` are not.
@@ -116,6 +115,9 @@ class CheckedSource:
         self._captions = [found.captions for found in good]
         self.sizes: Int32[np.ndarray, "n 2"] = np.array(
             [(found.height, found.width) for found in good], np.int32
+        )
+        self.digests: UInt64[np.ndarray, " n"] = np.array(
+            [int(found.digest[:16], 16) for found in good], np.uint64
         )
         self.fingerprint = _fingerprint(good)
         self.provenance = dict(records.provenance)

@@ -12,12 +12,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sdx.data.checked import Records
+from sdx.data.columns import Columns
 from sdx.data.files import existing_folder, names_of_split
 from sdx.data.hub import Repository, open_repository
 from sdx.data.imagefolder import IMAGE_SUFFIXES, ImageFolderRecords
 from sdx.data.metadata import TABLES
 from sdx.data.source import DataError
-from sdx.data.tables import SUFFIXES, Columns, TableRecords, read_files, read_saved, saved_files
+from sdx.data.tables import SUFFIXES, TableRecords, read_files, read_saved, saved_files
 
 _SAVED = ("dataset_info.json", "dataset_dict.json")
 _CARD = "README.md"

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from sdx.data.columns import Columns
 from sdx.data.files import existing_folder, split_files
-from sdx.data.tables import SUFFIXES, Columns, TableRecords, read_files
+from sdx.data.tables import SUFFIXES, TableRecords, read_files
 
 
 def open_parquet(dir: str, *, files: str | None, split: str, columns: Columns) -> TableRecords:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-CACHE = Path("~/.cache/sdx")
+SCAN_CACHE = Path("~/.cache/sdx/scans")
+INDEX_CACHE = Path("~/.cache/sdx/indexes")
 
 
 def recall(cache: Path | None, key: str) -> Any:

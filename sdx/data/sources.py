@@ -4,10 +4,16 @@ from collections.abc import Callable
 
 from sdx.config.schema import DataConfig, DataKind
 from sdx.config.splits import Split, parse_split
+from sdx.data.arrayrecord import ArrayRecordRecords
 from sdx.data.checked import CheckedSource, Records
+from sdx.data.columns import Columns
+from sdx.data.huggingface import open_huggingface
 from sdx.data.imagefolder import ImageFolderRecords
+from sdx.data.parquet import open_parquet
+from sdx.data.plugins import open_plugin
 from sdx.data.shapes import ShapesSource
 from sdx.data.source import DataError, Part, Source
+from sdx.data.webdataset import WebDatasetRecords
 
 Say = Callable[[str], None]
 
@@ -22,8 +28,8 @@ def open_source(config: DataConfig, *, resolution: int, say: Say = print) -> Sou
         split = parse_split(config.split)
     except ValueError as error:
         raise DataError(f"data.split={config.split}: {error}.") from error
-    if config.kind is DataKind.shapes:
-        source = _part(_open_shapes(config, split.name, resolution), split)
+    if config.kind in _SOURCES:
+        source = _part(_SOURCES[config.kind](config, split.name, resolution), split)
     else:
         source = _checked(_RECORDS[config.kind](config, split.name, say), config, split, say)
     if not len(source):
@@ -57,8 +63,47 @@ def _open_shapes(config: DataConfig, split: str, resolution: int) -> Source:
     return ShapesSource(config.num_examples, resolution, split)
 
 
-def _folder_records(config: DataConfig, split: str, say: Say) -> Records:
+def _open_plugin(config: DataConfig, split: str, resolution: int) -> Source:
+    if config.plugin is None:
+        raise DataError("data.plugin=null: data=plugin needs the name of one; set data.plugin.")
+    return open_plugin(config.plugin, config.options, split=split, resolution=resolution)
+
+
+def _imagefolder(config: DataConfig, split: str, say: Say) -> Records:
     return ImageFolderRecords(_folder(config), split=split, caption_column=config.caption_column)
+
+
+def _huggingface(config: DataConfig, split: str, say: Say) -> Records:
+    if config.name is None and config.dir is None:
+        raise DataError("data.name=null: data=huggingface needs data.name=OWNER/NAME, or data.dir.")
+    return open_huggingface(
+        config.name,
+        config.dir,
+        config=config.config,
+        revision=config.revision,
+        split=split,
+        columns=_columns(config),
+    )
+
+
+def _parquet(config: DataConfig, split: str, say: Say) -> Records:
+    return open_parquet(_folder(config), files=config.files, split=split, columns=_columns(config))
+
+
+def _webdataset(config: DataConfig, split: str, say: Say) -> Records:
+    return WebDatasetRecords(
+        _folder(config),
+        files=config.files,
+        split=split,
+        caption_column=config.caption_column,
+        say=say,
+    )
+
+
+def _arrayrecord(config: DataConfig, split: str, say: Say) -> Records:
+    return ArrayRecordRecords(
+        _folder(config), files=config.files, split=split, columns=_columns(config), say=say
+    )
 
 
 def _folder(config: DataConfig) -> str:
@@ -70,6 +115,20 @@ def _folder(config: DataConfig) -> str:
     return config.dir
 
 
+def _columns(config: DataConfig) -> Columns:
+    return Columns(config.image_column, config.caption_column)
+
+
 _RECORDS: dict[DataKind, Callable[[DataConfig, str, Say], Records]] = {
-    DataKind.imagefolder: _folder_records,
+    DataKind.imagefolder: _imagefolder,
+    DataKind.huggingface: _huggingface,
+    DataKind.parquet: _parquet,
+    DataKind.webdataset: _webdataset,
+    DataKind.arrayrecord: _arrayrecord,
+}
+
+# These make their examples themselves.
+_SOURCES: dict[DataKind, Callable[[DataConfig, str, int], Source]] = {
+    DataKind.shapes: _open_shapes,
+    DataKind.plugin: _open_plugin,
 }

@@ -7,11 +7,11 @@ limits and colours are those of images.py, as everywhere. It is imported when ta
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdx.data.captions import caption_texts
+from sdx.data.columns import IMAGE, TEXT, Columns, check_columns
 from sdx.data.source import BadImageError, DataError
 
 if TYPE_CHECKING:
@@ -19,13 +19,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".parquet", ".arrow")
 
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns that hold the image and its captions."""
-
-    image: str = "image"
-    caption: str = "text"
+_VALUES = {"binary": IMAGE, "large_binary": IMAGE, "string": TEXT, "large_string": TEXT}
 
 
 class TableRecords:
@@ -46,7 +40,8 @@ class TableRecords:
         image_root: Path | None = None,
         provenance: Mapping[str, Any] | None = None,
     ):
-        _check_columns(table, place, columns)
+        kinds = {name: _kind(feature) for name, feature in table.features.items()}
+        check_columns(kinds, place, columns)
         self._table = _with_bytes(table, columns.image)
         self._columns = columns
         self._captions: list[object] = list(table[columns.caption])
@@ -138,47 +133,19 @@ def saved_files(table: "Dataset") -> list[Path]:
     return [Path(file["filename"]) for file in table.cache_files]
 
 
-def _check_columns(table: "Dataset", place: str, columns: Columns) -> None:
-    """Raises DataError with both faults, what columns there are, and which could be meant."""
-    kinds = {name: _kind(feature) for name, feature in table.features.items()}
-    wanted = {
-        "data.image_column": (columns.image, "image", "images"),
-        "data.caption_column": (columns.caption, "text", "texts or lists of texts"),
-    }
-    faults = []
-    for key, (column, kind, what) in wanted.items():
-        if kinds.get(column) == kind:
-            continue
-        fault = f"{key}={column}: "
-        fault += f"holds no {what}" if column in kinds else "there is no such column"
-        if fitting := [name for name, found in kinds.items() if found == kind]:
-            fault += f"; set {key}={' or '.join(fitting)}"
-        else:
-            fault += f"; no column holds {what}"
-        faults.append(fault)
-    if faults:
-        there = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-        raise DataError("\n".join(faults) + f".\nThe columns of {place} are {there}.")
-
-
 def _kind(feature: Any) -> str:
-    """`image` or `text` for what can be one, else the type's name."""
+    """`IMAGE` or `TEXT` for what can be one, else the type's name."""
     from datasets import Image, List, Value
 
     if isinstance(feature, Image):
-        return "image"
+        return IMAGE
     if isinstance(feature, dict):
-        return "image" if {"bytes", "path"} <= set(feature) else "struct"
+        return IMAGE if {"bytes", "path"} <= set(feature) else "struct"
     if isinstance(feature, List):
         inner = _kind(feature.feature)
-        return "text" if inner == "text" else f"list of {inner}"
+        return TEXT if inner == TEXT else f"list of {inner}"
     if isinstance(feature, Value):
-        return {
-            "binary": "image",
-            "large_binary": "image",
-            "string": "text",
-            "large_string": "text",
-        }.get(feature.dtype, feature.dtype)
+        return _VALUES.get(feature.dtype, feature.dtype)
     return type(feature).__name__
 
 

@@ -21,10 +21,8 @@ from typing import Any, BinaryIO
 from sdx.data.captions import caption_texts
 from sdx.data.files import existing_folder, split_files
 from sdx.data.imagefolder import IMAGE_SUFFIXES
-from sdx.data.remembered import CACHE, recall, remember
+from sdx.data.remembered import INDEX_CACHE, recall, remember
 from sdx.data.source import BadImageError, DataError
-
-INDEX_CACHE = CACHE / "indexes"
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
