@@ -74,8 +74,8 @@ class Records:
 
     def _damaged(self, shard: int, cause: object) -> DataError:
         return DataError(
-            f"{self._folder / records_name(shard)}: damaged ({' '.join(str(cause).split())}); run"
-            " python -m sdx.encode with the same overrides, which makes this file anew."
+            f"{self._folder / records_name(shard)}: damaged ({' '.join(str(cause).split())});"
+            " remove it, and python -m sdx.encode with the same overrides makes it anew."
         )
 
     def __getstate__(self) -> dict[str, Any]:

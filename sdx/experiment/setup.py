@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 from sdx.config import resolve
 from sdx.config.identity import run_folder_name
 from sdx.config.schema import Config, Init, ModelConfig, OptimizerKind, WeightsDtype
-from sdx.data.source import DataError, Source, first_examples
+from sdx.data.source import DataError, Source
 from sdx.data.sources import open_source
 from sdx.data.tokenizer import Tokenizer, load_tokenizer
 from sdx.experiment.adopt import adopt
+from sdx.experiment.caching import training_source
 from sdx.experiment.compilation_cache import use_compilation_cache
 from sdx.experiment.publishing import check_can_publish
 from sdx.experiment.unet_checkpoint import RunUNet, open_unet_checkpoint
@@ -71,27 +72,21 @@ def prepare(config: Config) -> Setup:
     check_batch(config, mesh, resolve.global_batch_size(config))
     if config.export.push_to_hub and config.export.hub_model_id is not None:
         check_can_publish(config.export.hub_model_id)  # not when the training is done
-    weights, unet = _open_weights(_at_recorded_commit(config))
+    weights, unet = open_weights(_at_recorded_commit(config))
     if config.model.from_files:
         adopted = adopt(config, weights, unet)
         # Without run.name the files name the run's folder; only then its record names the commit.
         began = _at_recorded_commit(adopted).revision
         if began not in (None, config.model.revision, weights.provenance()["commit"]):
             at_commit = replace(config.model, revision=began)
-            weights, unet = _open_weights(at_commit)
+            weights, unet = open_weights(at_commit)
             adopted = adopt(config, weights, unet)
         config = adopted
-    _check_weights(config, weights, unet)
-    text_encoder = config.model.text_encoder
-    tokenizer = load_tokenizer(
-        weights.tokenizer_folder(),
-        max_length=text_encoder.max_position_embeddings,
-        num_embeddings=text_encoder.vocab_size,
-    )
+    check_weights(config, weights, unet)
+    tokenizer = open_tokenizer(config, weights)
     source = open_source(config.data, resolution=resolve.resolution(config))
     validation = open_validation(config, source)
-    if config.train.max_samples is not None:
-        source = first_examples(source, config.train.max_samples)
+    source = training_source(config, source, weights)
     return Setup(
         config=config,
         mesh=mesh,
@@ -112,7 +107,7 @@ def _at_recorded_commit(config: Config) -> ModelConfig:
     return model if model.revision is not None else replace(model, revision=commit)
 
 
-def _open_weights(model: ModelConfig) -> tuple[ModelFiles, NetworkFiles | None]:
+def open_weights(model: ModelConfig) -> tuple[ModelFiles, NetworkFiles | None]:
     """Files of the model, and those of its UNet unless it starts from random."""
     reads_unet = model.init is Init.pretrained
     is_alone = model.unet_checkpoint is not None
@@ -129,7 +124,17 @@ def _open_weights(model: ModelConfig) -> tuple[ModelFiles, NetworkFiles | None]:
     return weights, weights if alone is None else open_unet_checkpoint(alone, model)
 
 
-def _check_weights(config: Config, weights: ModelFiles, unet: NetworkFiles | None) -> None:
+def open_tokenizer(config: Config, weights: ModelFiles) -> Tokenizer:
+    """The model's tokenizer; DataError where it does not fit the text encoder."""
+    text_encoder = config.model.text_encoder
+    return load_tokenizer(
+        weights.tokenizer_folder(),
+        max_length=text_encoder.max_position_embeddings,
+        num_embeddings=text_encoder.vocab_size,
+    )
+
+
+def check_weights(config: Config, weights: ModelFiles, unet: NetworkFiles | None) -> None:
     """Raises a WeightsError where files and configuration disagree on what must agree."""
     sources: list[tuple[NetworkFiles, Sequence[str]]] = [(weights, COMPONENTS)]
     if unet is not weights:

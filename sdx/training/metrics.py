@@ -197,10 +197,6 @@ class ProgressLine:
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Step, loss, rate and time left."""
-        is_last = step >= self._max_steps
-        if not self._is_terminal and not is_last and self._clock() < self._shown_at + LINE_EVERY_S:
-            return
-        self._shown_at = self._clock()
         left = format_seconds((self._max_steps - step) * values["step_s"])
         text = (
             f"step {step}/{self._max_steps}  loss {values['loss']:.4f}  "
@@ -208,6 +204,13 @@ class ProgressLine:
         )
         if values.get("num_bad_steps"):
             text += f"  ({values['num_bad_steps']:.0f} bad steps)"
+        self.write(text, is_last=step >= self._max_steps)
+
+    def write(self, text: str, *, is_last: bool) -> None:
+        """The line itself; off a terminal only now and then, and the last one."""
+        if not self._is_terminal and not is_last and self._clock() < self._shown_at + LINE_EVERY_S:
+            return
+        self._shown_at = self._clock()
         if self._is_terminal:
             self._out.write(f"\r{text:<{self._width}}")
             self._width = len(text)
