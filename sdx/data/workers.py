@@ -27,6 +27,7 @@ from sdx.data.source import DataError
 _NUM_THREADS = 2  # of each process
 _STACK_SIGNAL = signal.SIGUSR1
 _STACK_WAIT_S = 3.0
+_CLOSE_S = 5.0  # for one batch to be read to its end
 _DIED = re.compile(r"Worker process was terminated unexpectedly with exit code (-?\d+)")
 
 
@@ -62,14 +63,21 @@ class Workers:
         return "".join(told) or "  no process has begun\n"
 
     def kill(self) -> None:
-        """Ends processes that would not end by themselves."""
-        for file in self._folder.iterdir():
-            _send(int(file.name), signal.SIGKILL)
+        """Ends the processes whatever they are at; one that is only starting finds no folder."""
+        pids = [int(file.name) for file in self._folder.iterdir()]
+        shutil.rmtree(self._folder, ignore_errors=True)
+        for pid in pids:
+            _send(pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Ends the processes when they have read what they are at."""
-        self._batches.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Ends the processes: when they have read what they are at, or else after a while."""
+        # Grain waits without limit for a process that hangs.
+        closing = threading.Thread(target=self._batches.close, name="sdx-closing", daemon=True)
+        closing.start()
+        closing.join(_CLOSE_S)
+        if self._folder.is_dir():
+            self.kill()
+        closing.join(_CLOSE_S)
 
     def _written(self) -> str:
         return "".join(
@@ -153,7 +161,8 @@ def _condition(file: Path) -> str:
 
 
 def _reading(stacks: str) -> str:
-    """Of faulthandler's stacks those of threads that read a batch, outermost call last."""
-    blocks = re.split(r"(?=^(?:Current thread|Thread) 0x)", stacks, flags=re.MULTILINE)
-    lines = (line for block in blocks if "loader.py" in block for line in block.splitlines())
-    return "".join(f"{line}\n" for line in lines if line.startswith("  File"))
+    """Of faulthandler's stacks those of threads that read, innermost call first, down to Grain."""
+    blocks = re.split(r"^(?:Current thread|Thread) 0x.*\n", stacks, flags=re.MULTILINE)
+    reading = [block for block in blocks if "/grain/" in block and "in _getitem" in block]
+    lines = (line for block in reading for line in block.partition("/grain/")[0].splitlines()[:-1])
+    return "".join(f"{line}\n" for line in lines)
