@@ -88,10 +88,10 @@ class CheckedSource:
     """The good ones among the records of a split, in their order; a `Source`.
 
     `sizes` are the images' heights and widths as shown, `digests` tell their files apart,
-    `bad_images` is what was left out. The
-    fingerprint is of the images' bytes and the captions alone: the same examples have the same one
-    wherever and however they are stored. `say` is handed lines for the user. Raises `DataError`
-    where no image is usable, or more than `max_bad_fraction` are not.
+    `bad_images` is what was left out. The fingerprint is of the images' bytes and the captions
+    alone: the same examples have the same one wherever and however they are stored. `say` is handed
+    lines for the user. Raises `DataError` where no image is usable, or more than `max_bad_fraction`
+    are not.
     """
 
     def __init__(

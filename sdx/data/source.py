@@ -44,7 +44,8 @@ class Source(Protocol):
 
     `__getitem__` raises `BadImageError` for an example that can no longer be read; the loader gives
     it weight 0. A source may also have `sizes`, its images' heights and widths in pixels;
-    `bad_images`, what it left out; and `provenance`, what a run notes of where it came from.
+    `digests`, numbers that are equal for equal images; `bad_images`, what it left out; and
+    `provenance`, what a run notes of where it came from.
     """
 
     @property

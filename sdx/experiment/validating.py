@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from sdx.config import resolve
 from sdx.config.check import HELD_OUT
 from sdx.config.schema import Config
@@ -44,9 +46,8 @@ def open_validation(config: Config, training: Source, *, say: Say = print) -> So
 
 def _check_held_out(config: Config, training: Source, source: Source, say: Say) -> None:
     """Raises DataError where most of `source` is trained on; says so of a part of it."""
-    trained = {*getattr(training, "digests", ())}
-    ours: Sequence[str] = getattr(source, "digests", ())
-    shared = sum(digest in trained for digest in ours)
+    trained, ours = (getattr(each, "digests", np.zeros(0)) for each in (training, source))
+    shared = int(np.isin(ours, trained).sum())
     if training.fingerprint == source.fingerprint or 2 * shared > len(ours):
         raise DataError(
             f"eval.split={config.eval.split}: {shared or len(source)} of its {len(source)} examples"
