@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdx.config.schema import MAX_SEED, SamplerKind
+from sdx.config.numbers import scale, seed, whole
+from sdx.config.schema import SamplerKind
 
 FINISHED, REFUSED, INTERRUPTED = 0, 2, 75
 
@@ -40,40 +41,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", help="run, RUN@STEP, RUN@best, folder, .safetensors or Hub id")
     parser.add_argument("--prompt", action="append", required=True, help="may be given many times")
     parser.add_argument("--negative-prompt", help="what guidance steers away from (the run's own)")
-    parser.add_argument("--num-images", type=_whole, default=1, help="pictures of each prompt (1)")
-    parser.add_argument("--steps", type=_whole, help="sampler steps (the run's own, else 30)")
+    parser.add_argument("--num-images", type=whole, default=1, help="pictures of each prompt (1)")
+    parser.add_argument("--steps", type=whole, help="sampler steps (the run's own, else 30)")
     parser.add_argument(
-        "--guidance", type=_scale, help="guidance scale; 1 is off (the run's own, else 7.5)"
+        "--guidance", type=scale, help="guidance scale; 1 is off (the run's own, else 7.5)"
     )
     parser.add_argument(
         "--sampler", choices=list(SamplerKind.__members__), help="how it draws (the run's own)"
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="seed of the initial noise (0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the initial noise (0)")
     parser.add_argument("--out", type=Path, help="folder (RUN/samples/drawn, or samples)")
     parser.add_argument("--model", help="what an original file is if it does not tell, e.g. sd21")
     return parser
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) > MAX_SEED:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number from 0 to {MAX_SEED}")
-    return int(text)
-
-
-def _scale(text: str) -> float:
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = 0.0
-    if not 1 <= scale < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be a number of at least 1")
-    return scale
 
 
 if __name__ == "__main__":
