@@ -10,16 +10,17 @@ only lose the good steps before it.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from jax.experimental import multihost_utils
 
 from sdx.config.schema import CheckpointConfig
+from sdx.data.ahead import Ahead
 from sdx.data.loader import HostBatch
 from sdx.training.metrics import Reporter, TooManyBadSteps
-from sdx.training.program import Metrics, Program
+from sdx.training.program import Batch, Metrics, Program
 from sdx.training.state import Params, TrainState, sampling_params
 
 Draw = Callable[[int, Params], None]
@@ -100,41 +101,48 @@ def train(
             validate(step, sampling_params(state))
         if cadence.due(step, cadence.pictures_every):  # or while drawing
             draw(step, sampling_params(state))
-    try:
-        while step < cadence.max_steps and not should_stop(step):
-            with tracer.step(step + 1):
-                with reporter.meter.waiting():
-                    host = next(batches)
-                batch = program.place_batch(host)
-                moments, conditioning = program.encode(frozen, batch)
-                state, metrics = program.step(state, moments, conditioning, batch.weights)
-            reporter.meter.count()
-            step += 1
+    with closing(_placed(program, batches, step)) as placed:
+        try:
+            while step < cadence.max_steps and not should_stop(step):
+                with tracer.step(step + 1):
+                    with reporter.meter.waiting():
+                        batch = next(placed)
+                    moments, conditioning = program.encode(frozen, batch)
+                    state, metrics = program.step(state, moments, conditioning, batch.weights)
+                reporter.meter.count()
+                step += 1
+                if unread:
+                    reporter.report(*unread)
+                unread = (step, metrics)
+                validation = cadence.due(step, cadence.validation_every)
+                pictures, checkpoint = cadence.due(step, cadence.pictures_every), saving.due(step)
+                if validation or pictures or checkpoint:
+                    reporter.report(*unread)
+                    unread = None
+                with reporter.meter.apart():
+                    tracer.done(metrics)
+                    if validation:
+                        validate(step, sampling_params(state))
+                    if pictures:
+                        draw(step, sampling_params(state))
+                    if checkpoint:
+                        saving.save(step, state)
             if unread:
                 reporter.report(*unread)
-            unread = (step, metrics)
-            validation = cadence.due(step, cadence.validation_every)
-            pictures, checkpoint = cadence.due(step, cadence.pictures_every), saving.due(step)
-            if validation or pictures or checkpoint:
-                reporter.report(*unread)
-                unread = None
-            with reporter.meter.apart():
-                tracer.done(metrics)
-                if validation:
-                    validate(step, sampling_params(state))
-                if pictures:
-                    draw(step, sampling_params(state))
-                if checkpoint:
-                    saving.save(step, state)
-        if unread:
-            reporter.report(*unread)
-    except TooManyBadSteps:
-        checkpointer.wait()
-        raise
-    finally:
-        tracer.close()
-    saving.save_last(step, state)
-    return Outcome(state, step, is_interrupted=step < cadence.max_steps or should_stop(step))
+        except TooManyBadSteps:
+            checkpointer.wait()
+            raise
+        finally:
+            tracer.close()
+        saving.save_last(step, state)
+        return Outcome(state, step, is_interrupted=step < cadence.max_steps or should_stop(step))
+
+
+def _placed(program: Program, batches: Iterator[HostBatch], step: int) -> Ahead[Batch]:
+    """Batches on the devices, each put there while the step before it runs."""
+    return Ahead(
+        lambda number: program.place_batch(next(batches)), step, num_threads=1, name="sdx-placing"
+    )
 
 
 class _Saving:

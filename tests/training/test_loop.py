@@ -1,6 +1,7 @@
 """When the loop writes, draws, saves and stops; around a toy program that counts."""
 
 import io
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -15,7 +16,6 @@ from sdx.config.schema import CheckpointConfig
 from sdx.data.loader import HostBatch
 from sdx.training.loop import Cadence, Outcome, train
 from sdx.training.metrics import (
-    MetricSink,
     ProgressLine,
     Reporter,
     StepMeter,
@@ -23,6 +23,7 @@ from sdx.training.metrics import (
     Workload,
 )
 from sdx.training.program import Batch, Program
+from sdx.training.sinks import MetricSink
 from sdx.training.state import TrainState
 
 pytestmark = pytest.mark.fast
@@ -41,7 +42,7 @@ class Journal:
 
     def picture(self, step: int, tag: str, image: Any) -> None: ...
 
-    def close(self) -> None:
+    def close(self, exit_code: int = 0) -> None:
         self.acts.append(("close", 0))
 
     def save(self, step: int, state: TrainState) -> None:
@@ -142,6 +143,7 @@ def run(
     validation_every: int | None = None,
     checkpoint: CheckpointConfig | None = None,
     bad: tuple[int, ...] = (),
+    program: ToyProgram | None = None,
 ) -> Outcome:
     sinks: list[MetricSink] = [journal]
     reporter = Reporter(
@@ -153,7 +155,7 @@ def run(
         progress=ProgressLine(max_steps, out=io.StringIO()),
     )
     return train(
-        ToyProgram(),
+        program or ToyProgram(),
         make_state(start),
         {},
         batches(start, bad),
@@ -253,3 +255,52 @@ def test_a_bad_step_goes_on_and_too_many_do_not_save() -> None:
         run(journal, bad=(3, 4, 5, 6))
     assert journal.steps("row") == [1, 2, 3, 4, 5]
     assert journal.steps("save") == [3] and ("wait", 0) in journal.acts
+
+
+class Watched(ToyProgram):
+    """Notes which batches were put on the devices when a step is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.placed: list[int] = []
+        self.seen_by_step: list[int] = []
+        is_placed = self.is_placed = threading.Condition()
+
+        def counted(state: TrainState, *batch: Any) -> Any:
+            with is_placed:  # the batch behind this one comes while this step runs
+                assert is_placed.wait_for(lambda: len(self.placed) > len(self.seen_by_step) + 1, 5)
+            self.seen_by_step.append(self.placed[len(self.seen_by_step)])
+            return count(state, *batch)
+
+        object.__setattr__(self, "step", counted)
+
+    def place_batch(self, host: HostBatch) -> Batch:
+        with self.is_placed:
+            self.placed.append(host.step)
+            self.is_placed.notify_all()
+        return super().place_batch(host)
+
+
+def test_the_next_batch_is_placed_while_a_step_runs() -> None:
+    program = Watched()
+    outcome = run(Journal(), program=program, start=2)
+    assert outcome.step == 7 and program.seen_by_step == [2, 3, 4, 5, 6]
+    assert program.placed == [2, 3, 4, 5, 6, 7], "one ahead, no more"
+    assert not [thread for thread in threading.enumerate() if "placing" in thread.name]
+
+
+def test_a_batch_that_cannot_be_placed_fails_the_step_that_needs_it() -> None:
+    journal = Journal()
+    program = ToyProgram()
+    place = program.place_batch
+
+    def fail_at_four(host: HostBatch) -> Batch:
+        if host.step == 4:
+            raise RuntimeError("no memory left on device 0")
+        return place(host)
+
+    object.__setattr__(program, "place_batch", fail_at_four)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        run(journal, program=program)
+    assert journal.steps("save") == [3] and journal.steps("draw") == [4]
+    assert not [thread for thread in threading.enumerate() if "placing" in thread.name]
