@@ -12,8 +12,8 @@ from sdx.pipeline import Params, Pipeline
 from sdx.record.metrics import read_metrics
 from sdx.record.paths import RunPaths
 from sdx.sampling.denoise import SamplingStopped
-from sdx.training.metrics import MetricSink
 from sdx.training.pictures import make_grid, plot_loss, save_png, to_uint8
+from sdx.training.sinks import MetricSink
 
 
 class Gallery:

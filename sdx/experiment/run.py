@@ -18,7 +18,7 @@ from sdx.config import resolve
 from sdx.config.compose import from_saved, to_yaml
 from sdx.config.errors import ConfigError
 from sdx.config.identity import differences
-from sdx.config.leaves import flatten, spelled, value
+from sdx.config.leaves import flatten, plain, spelled, value
 from sdx.config.schema import Config, Init, OnResume, Platform, ResumePolicy
 from sdx.data.loader import make_loader
 from sdx.data.source import BadImage, DataError
@@ -41,6 +41,7 @@ from sdx.record.lock import RefusedStart, RunLock
 from sdx.record.log import Log
 from sdx.record.metrics import truncate_after
 from sdx.record.paths import RunPaths
+from sdx.record.redact import redact
 from sdx.record.run import AlreadyFinished, Change, RunRecord, start
 from sdx.record.status import Status, read_status
 from sdx.record.validation import (
@@ -60,16 +61,15 @@ from sdx.training.checkpoint import (
 from sdx.training.evaluation import Evaluator, evaluation_data, make_evaluator, num_measured
 from sdx.training.loop import Cadence, Outcome, Validate, train
 from sdx.training.metrics import (
-    MetricSink,
     ProgressLine,
     Reporter,
     StepMeter,
     TooManyBadSteps,
     Workload,
-    make_sinks,
 )
 from sdx.training.profile import StepTracer
 from sdx.training.program import Program, build
+from sdx.training.sinks import MetricSink, Told, make_sinks
 from sdx.training.state import TrainState, sampling_params
 from sdx.weights.load import LOADERS
 
@@ -232,6 +232,7 @@ class Attempt:
         self.stop = stop
         self.log = Log(setup.paths.log)
         self.progress = ProgressLine(setup.max_steps)
+        self.sinks: Sequence[MetricSink] = ()
 
     def run(self) -> int:
         """Everything from compiling to the last picture; returns the exit code."""
@@ -251,6 +252,7 @@ class Attempt:
     def fail(self, reason: str) -> int:
         """Notes that the run failed and why; what it saved stays."""
         self.say(f"failed: {reason}")
+        self._close_sinks(FAILED)
         self.record.finish(Status.failed, reason=reason)
         return FAILED
 
@@ -316,7 +318,7 @@ class Attempt:
             _remove_later_pictures(paths, first_step)
             of = None if evaluator is None else evaluator.of
             continue_history(history, self.record, of, first_step, self.say)
-            sinks = make_sinks(config.metrics.sinks, paths, first_step=first_step + 1)
+            sinks = self.sinks = self._make_sinks(first_step + 1)
             pipeline = self._pipeline(program, frozen)
             gallery = Gallery(config, paths, pipeline, sinks, lambda: self.stop.requested)
             loader = make_loader(
@@ -352,8 +354,7 @@ class Attempt:
             if outcome.is_interrupted:
                 return self._interrupted(outcome.step)
             self._conclude(outcome, gallery)
-            for sink in sinks:
-                sink.close()
+            self._close_sinks(FINISHED)
         if config.export.at_end:
             self._export(pipeline.with_params(sampling_params(outcome.state)), outcome.step)
         self.say(f"finished {outcome.step} steps: {paths.root}")
@@ -435,6 +436,28 @@ class Attempt:
             on_row=self.record.progress,
         )
 
+    def _make_sinks(self, first_step: int) -> Sequence[MetricSink]:
+        config = self.setup.config
+        told = Told(
+            self.setup.paths,
+            first_step,
+            wandb=config.metrics.wandb,
+            config=json.loads(redact(json.dumps(plain(asdict(config))))),
+            tags=config.run.tags,
+            say=self.say,
+        )
+        return make_sinks(config.metrics.sinks, told)
+
+    def _close_sinks(self, exit_code: int) -> None:
+        sinks, self.sinks = self.sinks, ()
+        for sink in sinks:
+            try:
+                sink.close(exit_code)
+            except Exception as error:
+                if exit_code == FINISHED:
+                    raise
+                self.say(f"{type(sink).__name__}: {error}")  # the start ended for another reason
+
     def _conclude(self, outcome: Outcome, gallery: Gallery) -> None:
         """What is drawn and judged once, of the last weights."""
         gallery.plot_loss(outcome.step)
@@ -484,6 +507,7 @@ class Attempt:
             self.say(f"{what}, saved; the same command goes on from there")
         else:
             self.say(f"{what}; checkpoints are off, nothing was saved")
+        self._close_sinks(EXIT_INTERRUPTED)
         self.record.finish(Status.interrupted, step=step)
         return EXIT_INTERRUPTED
 

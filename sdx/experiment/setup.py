@@ -27,6 +27,7 @@ from sdx.record.lock import RefusedStart
 from sdx.record.paths import RunPaths
 from sdx.record.provenance import weights_commit
 from sdx.training.program import BatchError, check_batch
+from sdx.training.sinks import SinkError, check_sinks
 from sdx.weights.configs import check_model
 from sdx.weights.errors import WeightsError
 from sdx.weights.export import ExportError
@@ -36,7 +37,8 @@ from sdx.weights.model_files import ModelFiles, NetworkFiles, open_model
 from sdx.weights.scheduler import schedule_differences
 
 REFUSALS = (
-    MeshError, DataError, WeightsError, ExportError, BatchError, RefusedStart, DamagedRecord
+    MeshError, DataError, WeightsError, ExportError, BatchError, SinkError, RefusedStart,
+    DamagedRecord,
 )  # fmt: skip
 
 FROZEN = ("vae", "text_encoder")  # what is read of a model whose UNet comes from elsewhere
@@ -70,6 +72,7 @@ def prepare(config: Config) -> Setup:
     mesh = make_mesh(config.mesh, config.hardware)
     config = resolve.with_global_batch(config, mesh.size)
     check_batch(config, mesh, resolve.global_batch_size(config))
+    check_sinks(config.metrics.sinks, keeps_files="://" not in config.run.output_dir)
     if config.export.push_to_hub and config.export.hub_model_id is not None:
         check_can_publish(config.export.hub_model_id)  # not when the training is done
     weights, unet = open_weights(_at_recorded_commit(config))

@@ -14,7 +14,7 @@ from sdx.record.run import RunRecord
 from sdx.record.validation import BEST, Step, ValidationHistory, best_checkpoint
 from sdx.training.checkpoint import NoValidCheckpoint
 from sdx.training.evaluation import Evaluator, check_buckets, evaluation_data, num_measured
-from sdx.training.metrics import MetricSink
+from sdx.training.sinks import MetricSink
 from sdx.training.state import Params
 
 Say = Callable[[str], None]

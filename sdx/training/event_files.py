@@ -41,7 +41,7 @@ class TensorBoardSink:
         )
         self._add(step, summary=Summary(value=[Summary.Value(tag=tag, image=encoded)]))
 
-    def close(self) -> None:
+    def close(self, exit_code: int = 0) -> None:
         self._writer.close()
 
     def _add(self, step: int, **content: Any) -> None:

@@ -1,11 +1,10 @@
-"""What is measured while training, and where it goes: meters, sinks, and the line on the terminal.
+"""What is measured while training, and who reads it: meters, rows, and the line on the terminal.
 
 Metrics of a step are read after the next one is dispatched, so reading them never makes a device
 wait. A row holds the values of its own step (a mean over steps would depend on where a run was
 resumed); rates are means since the row before.
 """
 
-import json
 import math
 import resource
 import sys
@@ -13,15 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import jax
-import numpy as np
-from jaxtyping import UInt8
 
-from sdx.config.schema import Sink
-from sdx.record.paths import RunPaths
+from sdx.training.sinks import MetricSink
 
 LINE_EVERY_S = 10.0  # a plain line on something that is not a terminal, at most this often
 GIB = 2**30
@@ -29,59 +24,6 @@ GIB = 2**30
 
 class TooManyBadSteps(RuntimeError):
     """Loss or gradient was not finite in too many steps in a row."""
-
-
-@runtime_checkable
-class MetricSink(Protocol):
-    """Somewhere metrics and pictures go. Everything written is flushed when the call returns."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def picture(self, step: int, tag: str, image: UInt8[np.ndarray, "H W 3"]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class JsonlSink:
-    """One JSON object a line in `metrics.jsonl`; a value that is not finite is null."""
-
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step} | row) + "\n")
-        self._file.flush()
-
-    def picture(self, step: int, tag: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
-        """Pictures lie in the run folder already."""
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _tensorboard(paths: RunPaths, first_step: int) -> MetricSink:
-    from sdx.training.event_files import TensorBoardSink  # costs a second to import
-
-    return TensorBoardSink(paths.tensorboard, first_step)
-
-
-SINKS: dict[Sink, Callable[[RunPaths, int], MetricSink]] = {
-    Sink.jsonl: lambda paths, first_step: JsonlSink(paths.metrics),
-    Sink.tensorboard: _tensorboard,
-}
-
-
-def make_sinks(kinds: Sequence[Sink], paths: RunPaths, *, first_step: int) -> list[MetricSink]:
-    """The sinks of `metrics.sinks`; none on processes other than the first.
-
-    `first_step` is the first one this attempt will write: older rows of the same number are no
-    longer shown.
-    """
-    if jax.process_index() != 0:
-        return []
-    return [SINKS[kind](paths, first_step) for kind in dict.fromkeys(kinds)]
 
 
 @dataclass(frozen=True)

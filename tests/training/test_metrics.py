@@ -14,15 +14,14 @@ from sdx.config.schema import Sink
 from sdx.record.metrics import read_metrics
 from sdx.record.paths import RunPaths
 from sdx.training.metrics import (
-    JsonlSink,
     ProgressLine,
     Reporter,
     StepMeter,
     TooManyBadSteps,
     Workload,
     format_seconds,
-    make_sinks,
 )
+from sdx.training.sinks import JsonlSink, Told, make_sinks
 
 pytestmark = pytest.mark.fast
 
@@ -134,11 +133,11 @@ def test_rates_leave_out_what_is_not_stepping() -> None:
 
 def test_tensorboard_shows_what_was_written_and_hides_an_older_attempt(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
-    (old,) = make_sinks([Sink.tensorboard, Sink.tensorboard], paths, first_step=1)
+    (old,) = make_sinks([Sink.tensorboard, Sink.tensorboard], Told(paths, first_step=1))
     for step in range(1, 8):
         old.write(step, {"loss": 1.0})
     old.close()
-    (sink,) = make_sinks([Sink.tensorboard], paths, first_step=5)
+    (sink,) = make_sinks([Sink.tensorboard], Told(paths, first_step=5))
     for step in range(5, 9):
         sink.write(step, {"loss": 2.0})
     sink.picture(8, "samples", np.zeros((4, 6, 3), np.uint8))
