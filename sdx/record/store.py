@@ -8,7 +8,6 @@ environment (AWS_ENDPOINT_URL, AWS_PROFILE, …), never of a configuration.
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from sdx.record.redact import redact
+from sdx.record.scratch import scratch_folder
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 """Schemes, and what fsspec reads them with."""
@@ -156,6 +156,9 @@ class ObjectPath:
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: folders come with what is put into them."""
 
+    def _copy(self, to: "ObjectPath") -> None:
+        self._call(lambda fs: fs.cp_file(self.key, to.key))
+
     def _delete(self) -> None:
         self._call(lambda fs: fs.rm_file(self.key))
 
@@ -234,12 +237,24 @@ def remove_tree(path: AnyPath) -> None:
         list(pool.map(lambda name: patiently((path / name)._delete), path.files()))
 
 
-def upload(folder: Path, to: ObjectPath) -> None:
-    """Puts every file below `folder` under `to`, several at a time, in no order."""
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+def upload(folder: Path, to: ObjectPath, *, last: str | None = None) -> None:
+    """Puts every file below `folder` under `to`, several at a time; the one called `last` after all
+    others are there, so that who finds it finds all."""
+    sizes = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    names = [name for name in sizes if name != last]
     here, there = [str(folder / name) for name in names], [f"{to.key}/{name}" for name in names]
     if names:
         patiently(lambda: to._put(lambda fs: fs.put(here, there, batch_size=_FILES_AT_ONCE)))
+    if last is None:
+        return
+    arrived = patiently(to.files)
+    if lost := [name for name in names if arrived.get(name) != sizes[name]]:
+        raise StoreError(f"{to}: {', '.join(lost[:3])} did not arrive; something removes them.")
+    patiently(lambda: (to / last).write_bytes((folder / last).read_bytes()))
 
 
 def download(path: ObjectPath, folder: Path) -> None:
@@ -252,15 +267,23 @@ def download(path: ObjectPath, folder: Path) -> None:
         patiently(lambda: path._call(lambda fs: fs.get(there, here, batch_size=_FILES_AT_ONCE)))
 
 
+def move_tree(path: ObjectPath, to: ObjectPath, *, first: str) -> None:
+    """What lies below `path`, copied within the store to `to` and removed, `first` before all."""
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        list(pool.map(lambda name: patiently(lambda: (path / name)._copy(to / name)), path.files()))
+    (path / first).unlink(missing_ok=True)
+    remove_tree(path)
+
+
 @contextmanager
 def local_copy(path: AnyPath) -> Iterator[Path]:
     """A local folder with what lies below `path`, removed afterwards; `path` itself if local."""
     if isinstance(path, Path):
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="sdx-") as scratch:
-        download(path, Path(scratch))
-        yield Path(scratch)
+    with scratch_folder() as folder:
+        download(path, folder)
+        yield folder
 
 
 def patiently(act: Callable[[], Result]) -> Result:

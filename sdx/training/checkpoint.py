@@ -1,23 +1,18 @@
 """Checkpoints that are either whole and proven, or do not exist.
 
 Orbax writes the arrays asynchronously; it restores flipped bits without a word and accepts renamed
-or half-deleted steps, so this file adds the proof. A step is built in `.saving-<step>/`: Orbax's
-`state/`, then `manifest.json` with the sha256 of every file in it, and one rename makes it
-`<step>/`. Restoring verifies the digests first, goes back one step when they do not hold, and moves
-the damaged folder aside as `<step>.damaged`.
+or half-deleted steps, so this file adds the proof. A step is built in a folder of its own: Orbax's
+`state/`, then `manifest.json` with the sha256 of every file in it; then it becomes `<step>/` as a
+whole (`step_place`). Restoring verifies the digests first, goes back one step when they do not
+hold, and moves the damaged folder aside as `<step>.damaged`.
 
 Arrays are stored as nested dicts named by their path in the state, so that no class of ours or of
 optax is part of the format.
 """
 
-import hashlib
-import itertools
-import json
-import os
-import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -27,18 +22,26 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from sdx.record.store import AnyPath
+from sdx.training.step_folder import (
+    MANIFEST,
+    ArrayKind,
+    Damaged,
+    check_digests,
+    prove_files,
+    read_manifest,
+    step_folders,
+    steps,
+    write_manifest,
+)
+from sdx.training.step_place import fetched, step_place
+
 State = TypeVar("State")  # a pytree of arrays with a leaf called `step`
 Found = TypeVar("Found")
 Say = Callable[[str], None]
 Pick = Callable[[Sequence[int]], Sequence[int]]
-FileProof = list[Any]  # [sha256, bytes]: as JSON gives it back
-ArrayKind = list[Any]  # [shape, dtype]
 
-_FORMAT = 1
-_MANIFEST = "manifest.json"
 _ARRAYS = "state"
-_SAVING = ".saving-"
-_DIGEST_THREADS = 4
 _MAX_NAMED = 8  # arrays in one message
 _MAX_TEXT_BYTES = 4096  # of one message between hosts
 
@@ -51,10 +54,6 @@ class CheckpointMismatch(ValueError):
     """A whole checkpoint of something else: arrays, shapes or types differ from what is wanted."""
 
 
-class _Damaged(Exception):
-    """Why a step folder is not the checkpoint it claims to be."""
-
-
 class Checkpointer:
     """Saves and restores the state of one run in `folder` (`RUN/checkpoints`).
 
@@ -63,9 +62,12 @@ class Checkpointer:
     those that `best` picks of all that are there; it is called in another thread.
     """
 
-    def __init__(self, folder: Path, *, keep: int, say: Say, best: Pick = lambda steps: []) -> None:
+    def __init__(
+        self, folder: AnyPath, *, keep: int, say: Say, best: Pick = lambda steps: []
+    ) -> None:
         assert keep >= 2, "checkpoint.keep: the only good step must never be the one to replace"
         self.folder = folder.absolute()
+        self._place = step_place(self.folder)
         self._keep = keep
         self._best = best
         self._say = say
@@ -80,19 +82,14 @@ class Checkpointer:
         there is kept as it is. `state` may be donated as soon as this returns.
         """
         self.wait()
-        final = self.folder / str(step)
-        if _from_first_host("exists" if final.exists() else ""):
+        if _from_first_host("exists" if self._place.has(step) else ""):
             return
-        saving = self.folder / f"{_SAVING}{step}"
-        if jax.process_index() == 0:
-            shutil.rmtree(saving, ignore_errors=True)
-            saving.mkdir(parents=True)
-        _barrier("sdx-save")
+        draft = Path(_from_first_host(str(self._place.draft(step)) if _is_first_host() else ""))
         arrays = _named_leaves(state)
-        self._orbax.save(saving / _ARRAYS, _nested(arrays))
+        self._orbax.save(draft / _ARRAYS, _nested(arrays))
         kinds = {name: _kind(leaf) for name, leaf in arrays.items()}
         self._proving = threading.Thread(
-            target=self._prove, args=(step, saving, final, kinds), name="sdx-checkpoint"
+            target=self._prove, args=(step, draft, kinds), name="sdx-checkpoint"
         )
         self._proving.start()
 
@@ -114,7 +111,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps with a manifest of their own number, ascending; their digests are not checked."""
-        return _steps(self.folder)
+        return steps(self.folder)
 
     def restore(self, abstract_state: State) -> tuple[int, State] | None:
         """The newest whole checkpoint in the shardings of `abstract_state`; None if none was saved.
@@ -126,14 +123,13 @@ class Checkpointer:
             NoValidCheckpoint: some step was saved and none is whole.
             CheckpointMismatch: the newest whole one holds other arrays.
         """
-        if jax.process_index() == 0:
-            for torn in self.folder.glob(f"{_SAVING}*"):
-                shutil.rmtree(torn)
+        if _is_first_host():
+            self._place.clean_up()
         found = _newest_whole(
             _agreed_step_folders(self.folder),
             lambda path, step: _restore_verified(path, step, abstract_state),
             self._say,
-            on_damage=_set_aside,
+            on_damage=self._set_aside,
         )
         damaged = "yes" if any(self.folder.glob("*.damaged*")) else ""
         if found is None and _from_first_host(damaged):
@@ -143,27 +139,31 @@ class Checkpointer:
             )
         return found
 
-    def _prove(self, step: int, saving: Path, final: Path, arrays: dict[str, ArrayKind]) -> None:
+    def _prove(self, step: int, draft: Path, arrays: dict[str, ArrayKind]) -> None:
         try:
             self._orbax.wait_until_finished()
-            if jax.process_index() == 0:
-                _write_manifest(saving / _MANIFEST, step, _prove_files(saving), arrays)
-                os.rename(saving, final)
+            if _is_first_host():
+                write_manifest(draft / MANIFEST, step, prove_files(draft), arrays)
+                self._place.publish(step)
                 self._remove_old()
         except BaseException as error:
             self._error = error  # raised by the next save or wait
-            shutil.rmtree(saving, ignore_errors=True)  # a full disk needs the space
+        finally:
+            self._place.discard(step)  # a full disk needs the space
 
     def _remove_old(self) -> None:
-        steps = self.steps()
-        for step in sorted({*steps[: -self._keep]} - {*self._best(steps)}):
-            doomed = self.folder / f"{_SAVING}{step}.old"
-            os.rename(self.folder / str(step), doomed)  # a kill must not leave half of a step
-            shutil.rmtree(doomed)
+        there = self.steps()
+        for step in sorted({*there[: -self._keep]} - {*self._best(there)}):
+            self._place.remove(step)
+
+    def _set_aside(self, step: int) -> None:
+        if _is_first_host():
+            self._place.set_aside(step)
+        _barrier("sdx-set-aside")
 
 
 def restore_step(
-    folder: Path, step: int | None, abstract_state: State, *, say: Say
+    folder: AnyPath, step: int | None, abstract_state: State, *, say: Say
 ) -> tuple[int, State]:
     """That step, or for None the newest whole one, of a run not ours; changes nothing there.
 
@@ -175,7 +175,7 @@ def restore_step(
 
 
 def restore_params(
-    folder: Path, which: Literal["ema", "params"], *, step: int | None = None, say: Say
+    folder: AnyPath, which: Literal["ema", "params"], *, step: int | None = None, say: Say
 ) -> tuple[int, dict[str, Any]]:
     """The weights alone as nested dicts of numpy arrays, from `step` or the newest whole one.
 
@@ -188,34 +188,34 @@ def restore_params(
 
 
 def _read_only(
-    folder: Path, step: int | None, read: Callable[[Path, int], Found], say: Say
+    folder: AnyPath, step: int | None, read: Callable[[AnyPath, int], Found], say: Say
 ) -> tuple[int, Found]:
     folder = folder.absolute()
-    steps = [(n, path) for n, path in _agreed_step_folders(folder) if step is None or n == step]
-    found = _newest_whole(steps, read, say, on_damage=lambda path: None)
+    wanted = [(n, path) for n, path in _agreed_step_folders(folder) if step is None or n == step]
+    found = _newest_whole(wanted, read, say, on_damage=lambda step: None)
     if found is None:
-        wanted = "valid checkpoint" if step is None else f"valid checkpoint {step}"
-        there = ", ".join(map(str, _steps(folder))) or "none"
-        raise NoValidCheckpoint(f"{folder}: no {wanted}; steps there: {there}.")
+        what = "valid checkpoint" if step is None else f"valid checkpoint {step}"
+        there = ", ".join(map(str, steps(folder))) or "none"
+        raise NoValidCheckpoint(f"{folder}: no {what}; steps there: {there}.")
     return found
 
 
 def _newest_whole(
-    steps: list[tuple[int, Path]],
-    read: Callable[[Path, int], Found],
+    folders: Sequence[tuple[int, AnyPath]],
+    read: Callable[[AnyPath, int], Found],
     say: Say,
-    on_damage: Callable[[Path], None],
+    on_damage: Callable[[int], None],
 ) -> tuple[int, Found] | None:
     """What `read` makes of the last step not damaged; says one line on each that is."""
     complaint = None
-    for step, path in reversed(steps):
+    for step, path in reversed(folders):
         try:
             found = read(path, step)
-        except _Damaged as damage:
+        except Damaged as damage:
             if complaint is not None:
                 say(complaint)
             complaint = f"checkpoint {step} is damaged: {damage}"
-            on_damage(path)
+            on_damage(step)
             continue
         if complaint is not None:
             say(f"{complaint}; continuing from {step}")
@@ -225,27 +225,29 @@ def _newest_whole(
     return None
 
 
-def _restore_verified(path: Path, step: int, abstract_state: State) -> State:
-    arrays = _verify(path, step)
+def _restore_verified(path: AnyPath, step: int, abstract_state: State) -> State:
     wanted = _named_leaves(abstract_state)
-    _check_same_arrays(path, arrays, wanted)
-    restored = _read_arrays(path, wanted)
+    with _verified(path, step) as (folder, arrays):
+        _check_same_arrays(path, arrays, wanted)
+        restored = _read_arrays(folder, wanted)
     if int(restored["step"]) != step:
-        raise _Damaged(f"its state is of step {int(restored['step'])}")
+        raise Damaged(f"its state is of step {int(restored['step'])}")
     structure = jax.tree.structure(abstract_state)
     return jax.tree.unflatten(structure, [restored[name] for name in wanted])
 
 
-def _restore_verified_params(path: Path, step: int, which: str) -> dict[str, Any]:
-    arrays = _verify(path, step)
-    wanted = {
-        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-        for name, (shape, dtype) in arrays.items()
-        if name.startswith(f"{which}/")
-    }
-    if not wanted:
-        raise CheckpointMismatch(f"{path}: holds no {which}; it was saved with train.ema=false.")
-    return _nested(_read_arrays(path, wanted))[which]
+def _restore_verified_params(path: AnyPath, step: int, which: str) -> dict[str, Any]:
+    with _verified(path, step) as (folder, arrays):
+        wanted = {
+            name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+            for name, (shape, dtype) in arrays.items()
+            if name.startswith(f"{which}/")
+        }
+        if not wanted:
+            raise CheckpointMismatch(
+                f"{path}: holds no {which}; it was saved with train.ema=false."
+            )
+        return _nested(_read_arrays(folder, wanted))[which]
 
 
 def _read_arrays(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,22 +262,32 @@ def _read_arrays(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     return _named_leaves(tree)
 
 
-def _verify(path: Path, step: int) -> dict[str, ArrayKind]:
-    """The arrays that the step holds; raises _Damaged, on every host alike, if a digest fails."""
+@contextmanager
+def _verified(path: AnyPath, step: int) -> Iterator[tuple[Path, dict[str, ArrayKind]]]:
+    """A local folder with the step's files, and the arrays they hold; raises Damaged, on every host
+    alike, if a digest fails."""
+    _agree(lambda: read_manifest(path, step))
+    manifest = read_manifest(path, step)
+    with fetched(path, manifest["files"]) as folder:
+        _agree(lambda: check_digests(folder, manifest["files"]))
+        yield folder, manifest["arrays"]
+
+
+def _agree(check: Callable[[], object]) -> None:
+    """Runs `check` on process 0 and raises its Damaged on all."""
     complaint = ""
-    if jax.process_index() == 0:
+    if _is_first_host():
         try:
-            _check_digests(path, _read_manifest(path, step)["files"])
-        except _Damaged as damage:
+            check()
+        except Damaged as damage:
             complaint = str(damage)
     complaint = _from_first_host(complaint)
     if complaint:
-        raise _Damaged(complaint)
-    return _read_manifest(path, step)["arrays"]
+        raise Damaged(complaint)
 
 
 def _check_same_arrays(
-    path: Path, stored: Mapping[str, ArrayKind], wanted: Mapping[str, Any]
+    path: AnyPath, stored: Mapping[str, ArrayKind], wanted: Mapping[str, Any]
 ) -> None:
     here = {name: _kind(leaf) for name, leaf in wanted.items()}
     faults = [
@@ -325,113 +337,14 @@ def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _step_folders(folder: Path) -> list[tuple[int, Path]]:
-    """Folders named by a number, ascending, whatever they hold."""
-    if not folder.is_dir():
-        return []
-    return sorted(
-        (int(path.name), path)
-        for path in folder.iterdir()
-        if path.name.isascii() and path.name.isdigit() and path.is_dir()
-    )
-
-
-def _agreed_step_folders(folder: Path) -> list[tuple[int, Path]]:
+def _agreed_step_folders(folder: AnyPath) -> list[tuple[int, AnyPath]]:
     """As process 0 lists them: on a shared file system another host may not see all of them yet."""
-    names = _from_first_host(" ".join(path.name for _, path in _step_folders(folder)))
+    names = _from_first_host(" ".join(path.name for _, path in step_folders(folder)))
     return [(int(name), folder / name) for name in names.split()]
 
 
-def _steps(folder: Path) -> list[int]:
-    steps = []
-    for step, path in _step_folders(folder):
-        try:
-            _read_manifest(path, step)
-        except _Damaged:
-            continue
-        steps.append(step)
-    return steps
-
-
-def _write_manifest(
-    path: Path, step: int, files: dict[str, FileProof], arrays: dict[str, ArrayKind]
-) -> None:
-    manifest = {"format": _FORMAT, "step": step, "files": files, "arrays": arrays}
-    text = json.dumps({**manifest, "sha256": _manifest_digest(manifest)}, indent=1)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_manifest(path: Path, step: int) -> dict[str, Any]:
-    """The manifest of the step folder `path`; raises _Damaged unless it is whole and of `step`."""
-    try:
-        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        digest = manifest.pop("sha256")
-    except FileNotFoundError:
-        raise _Damaged("it has no manifest") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _Damaged(f"its manifest is unreadable ({error})") from error
-    if digest != _manifest_digest(manifest):
-        raise _Damaged("its manifest does not match its own digest")
-    if manifest["step"] != step or path.name != str(step):
-        raise _Damaged(f"its manifest is of step {manifest['step']}")
-    return manifest
-
-
-def _manifest_digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _prove_files(folder: Path) -> dict[str, FileProof]:
-    """sha256 and size of every file below `folder`, flushed to the disk on the way."""
-
-    def prove(path: Path) -> tuple[str, FileProof]:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        return path.relative_to(folder).as_posix(), [digest, path.stat().st_size]
-
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(_DIGEST_THREADS) as pool:
-        return dict(pool.map(prove, files))
-
-
-def _check_digests(folder: Path, files: Mapping[str, FileProof]) -> None:
-    def fault(name: str) -> str | None:
-        path = folder / name
-        digest, num_bytes = files[name]
-        try:
-            found_bytes = path.stat().st_size
-            if found_bytes != num_bytes:
-                return f"{name} has {found_bytes} of its {num_bytes} bytes"
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    return f"{name} does not match its digest"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} is unreadable ({error.strerror})"
-        return None
-
-    with ThreadPoolExecutor(_DIGEST_THREADS) as pool:
-        faults = [text for text in pool.map(fault, files) if text is not None]
-    if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise _Damaged(faults[0] + more)
-
-
-def _set_aside(path: Path) -> None:
-    """Renames a damaged step folder to `<step>.damaged`, or `.damaged.2` where that is taken."""
-    if jax.process_index() == 0:
-        aside = path.with_name(f"{path.name}.damaged")
-        for number in itertools.count(2):
-            if not aside.exists():
-                break
-            aside = path.with_name(f"{path.name}.damaged.{number}")
-        os.rename(path, aside)
-    _barrier("sdx-set-aside")
+def _is_first_host() -> bool:
+    return jax.process_index() == 0
 
 
 def _from_first_host(text: str) -> str:

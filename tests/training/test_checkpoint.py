@@ -20,7 +20,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from sdx.training import checkpoint
+from sdx.training import checkpoint, step_folder
 from sdx.training.checkpoint import (
     Checkpointer,
     CheckpointMismatch,
@@ -225,7 +225,7 @@ def _forged(folder: Path) -> None:
     manifest = json.loads(path.read_text())
     del manifest["sha256"]
     manifest["step"] = 20
-    manifest["sha256"] = checkpoint._manifest_digest(manifest)
+    manifest["sha256"] = step_folder.manifest_digest(manifest)
     path.write_text(json.dumps(manifest))
 
 
@@ -339,7 +339,7 @@ def test_an_error_of_the_proof_is_raised_at_the_next_save(
 
     checkpointer = Checkpointer(tmp_path, keep=2, say=_say_nothing)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_prove_files", fail)
+        patch.setattr(checkpoint, "prove_files", fail)
         checkpointer.save(1, _state(1))
         with pytest.raises(OSError, match="the disk is gone"):
             checkpointer.save(2, _state(2))
