@@ -22,6 +22,7 @@ from sdx.config.folders import CONF, option_folders
 from sdx.config.schema import Config
 
 Body = Callable[[Config, list[str]], int]
+Adjust = Callable[[Config], Config]
 
 _REFUSED, _INTERRUPTED, _FAILED = 2, 75, 1
 _PLACES = ("run.name=", "run.output_dir=")  # with these a saved configuration leaves its folder
@@ -33,9 +34,9 @@ class _Job:
     overrides: list[str]
 
 
-def run(command: str, argv: Sequence[str], body: Body) -> int:
+def run(command: str, argv: Sequence[str], body: Body, *, adjust: Adjust | None = None) -> int:
     """Compose and check what `argv` asks for, then run `body(config, overrides)`; returns the exit
-    code.
+    code. `adjust` is what the command makes of a composed configuration before it is checked.
     """
     arguments = parse_arguments(argv)
     if arguments.wants_help:
@@ -47,7 +48,7 @@ def run(command: str, argv: Sequence[str], body: Body) -> int:
         if arguments.hydra_switches:
             _show(command, arguments)
             return 0
-        jobs = _jobs(arguments)
+        jobs = _jobs(arguments, adjust)
         if arguments.multirun:
             return _sweep(command, arguments, jobs, body)
     except ConfigError as error:
@@ -56,7 +57,7 @@ def run(command: str, argv: Sequence[str], body: Body) -> int:
     return body(jobs[0].config, jobs[0].overrides)
 
 
-def _jobs(arguments: Arguments) -> list[_Job]:
+def _jobs(arguments: Arguments, adjust: Adjust | None) -> list[_Job]:
     """Every job that was asked for, composed and checked; raises ConfigError with all faults of all
     jobs.
     """
@@ -72,7 +73,7 @@ def _jobs(arguments: Arguments) -> list[_Job]:
         )
     for overrides in batches:
         try:
-            jobs.append(_Job(_config(arguments, overrides), overrides))
+            jobs.append(_Job(_config(arguments, overrides, adjust), overrides))
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -80,13 +81,13 @@ def _jobs(arguments: Arguments) -> list[_Job]:
     return _with_own_folders(jobs) if arguments.multirun else jobs
 
 
-def _config(arguments: Arguments, overrides: list[str]) -> Config:
+def _config(arguments: Arguments, overrides: list[str], adjust: Adjust | None) -> Config:
     from sdx.config.compose import compose, from_saved
 
     saved = arguments.saved
     if saved is None:
-        return compose(overrides, config_dir=arguments.config_dir)
-    config = from_saved(saved, overrides)
+        return compose(overrides, config_dir=arguments.config_dir, adjust=adjust)
+    config = from_saved(saved, overrides, adjust=adjust)
     if not saved.is_dir() or any(text.startswith(_PLACES) for text in overrides):
         return config
     folder = saved.resolve()

@@ -27,16 +27,21 @@ from sdx.config.schema import SCHEMA_VERSION, Config
 
 __all__ = ["CONF", "compose", "from_saved", "to_yaml"]
 
+Adjust = Callable[[Config], Config]
+
 _PLACE = ("hardware", "mesh", "attention")  # hardware's presets choose the other two
 
 # What a saved configuration of each older schema_version must go through, in order.
 MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 
-def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Config:
+def compose(
+    overrides: Sequence[str], *, config_dir: Path | None = None, adjust: Adjust | None = None
+) -> Config:
     """The configuration that `overrides` choose; raises ConfigError with everything that is wrong.
 
     `config_dir` holds more options for the groups of `conf/`; `./conf` is searched as well.
+    `adjust` comes before the check of the whole.
     """
     folders = option_folders(config_dir)
     inspected = inspect(overrides, folders)
@@ -44,6 +49,8 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Conf
     with composing(folders):
         config, found = _composed([*inspected.sound, *search_path(folders)])
     problems += found
+    if config is not None and adjust is not None:
+        config = adjust(config)
     if config is not None and not inspected.has_bad_choice:
         suggested = {problem.suggested for problem in problems}
         faults = [*check(config), *check_given(config, inspected.keys)]
@@ -53,9 +60,12 @@ def compose(overrides: Sequence[str], *, config_dir: Path | None = None) -> Conf
     return config
 
 
-def from_saved(path: Path, overrides: Sequence[str] = ()) -> Config:
+def from_saved(
+    path: Path, overrides: Sequence[str] = (), *, adjust: Adjust | None = None
+) -> Config:
     """The configuration saved at `path` (a run folder or a YAML file), with `overrides` on top.
 
+    `adjust` comes before the check of the whole.
     No Hydra, unless an override chooses another place to run: `hardware=`, `mesh=`, `attention=`.
     """
     file = path / "config.yaml" if path.is_dir() else path
@@ -73,6 +83,8 @@ def from_saved(path: Path, overrides: Sequence[str] = ()) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError([explain(error)]) from None
     config, problems = typed(node)
+    if config is not None and adjust is not None:
+        config = adjust(config)
     if config is not None:
         problems = [*check(config), *check_given(config, inspected.keys)]
     if problems or config is None:

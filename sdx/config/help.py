@@ -9,6 +9,7 @@ from sdx.config.leaves import leaves, spelled
 _COMMANDS = {
     "train": "train, or continue where a run of the same configuration stopped",
     "plan": "what a configuration needs on its hardware, which need not be here",
+    "encode": "encode images once into a cache, to train with data.cache=moments",
     "sample": "draw pictures from a run or a model folder",
     "export": "write a run's model as a folder that diffusers loads",
 }
