@@ -1,12 +1,14 @@
 """Pictures for people: a grid of samples with their captions, and the curve of the loss."""
 
+import io
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from sdx.record.store import AnyPath, write_bytes
 
 TILE = 192  # smallest side of a tile; smaller images are enlarged by a whole number
 MARGIN = 12
@@ -50,12 +52,12 @@ def make_grid(
     return np.asarray(sheet)
 
 
-def save_png(image: UInt8[np.ndarray, "H W 3"], path: Path) -> None:
+def save_png(image: UInt8[np.ndarray, "H W 3"], path: AnyPath) -> None:
     """Writes `image` so that a file of that name is always whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    Image.fromarray(image).save(part, format="PNG")
-    part.replace(path)
+    png = io.BytesIO()
+    Image.fromarray(image).save(png, format="PNG")
+    write_bytes(path, png.getvalue())
 
 
 def plot_loss(

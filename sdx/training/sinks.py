@@ -14,7 +14,9 @@ from jaxtyping import UInt8
 from sdx.config.leaves import spelled
 from sdx.config.schema import Sink, WandbConfig
 from sdx.record.files import read_json
+from sdx.record.parts import text_parts
 from sdx.record.paths import RunPaths
+from sdx.record.store import AnyPath, ObjectPath
 
 
 class SinkError(ValueError):
@@ -24,7 +26,7 @@ class SinkError(ValueError):
 @runtime_checkable
 class MetricSink(Protocol):
     """Somewhere metrics and pictures go, steps in order; what is written on this machine is flushed
-    when the call returns."""
+    when the call returns, what goes to an object store is on its way (`sdx.record.behind`)."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -38,20 +40,28 @@ class MetricSink(Protocol):
 class JsonlSink:
     """One JSON object a line in `metrics.jsonl`; a value that is not finite is null."""
 
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, path: AnyPath):
+        self._parts = text_parts(path) if isinstance(path, ObjectPath) else None
+        self._file = None
+        if isinstance(path, Path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step} | row) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step} | row) + "\n"
+        if self._parts is not None:
+            self._parts.append(line.encode())
+        elif self._file is not None:
+            self._file.write(line)
+            self._file.flush()
 
     def picture(self, step: int, tag: str, image: UInt8[np.ndarray, "H W 3"]) -> None:
         """Pictures lie in the run folder already."""
 
     def close(self, exit_code: int = 0) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 @dataclass(frozen=True)
