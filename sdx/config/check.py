@@ -10,14 +10,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
-from sdx.config import resolve
+from sdx.config import check_data, resolve
 from sdx.config.errors import Problem, any_of
 from sdx.config.leaves import Leaf, leaves, spelled, value
 from sdx.config.samplers import divides_by_zero, most_steps, refusal
 from sdx.config.schema import (
     HUB_ID,
     Config,
-    DataKind,
     DownBlock,
     Init,
     LrScheduleKind,
@@ -80,14 +79,6 @@ def _agrees(config: Config, path: str) -> bool:
     return product == train.global_batch_size
 
 
-def _is_shapes(config: Config) -> bool:
-    return config.data.kind is DataKind.shapes
-
-
-def _is_imagefolder(config: Config) -> bool:
-    return config.data.kind is DataKind.imagefolder
-
-
 def _warms_up(config: Config) -> bool:
     return config.lr_schedule.kind is not LrScheduleKind.constant
 
@@ -137,13 +128,8 @@ def _is_traced(config: Config) -> bool:
 
 # Keys that do something only in company: the condition, and how to meet it.
 _NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
-    "data.dir": (_is_imagefolder, "data=imagefolder"),
-    "data.caption_column": (_is_imagefolder, "data=imagefolder"),
-    "data.max_bad_fraction": (_is_imagefolder, "data=imagefolder"),
-    "data.max_pixels": (_is_imagefolder, "data=imagefolder"),
-    "data.interpolation": (_is_imagefolder, "data=imagefolder"),
-    "data.num_examples": (_is_shapes, "data=shapes"),
-    "sample.num_adherence_prompts": (_is_shapes, "data=shapes"),
+    **check_data.NEEDS,
+    "sample.num_adherence_prompts": (check_data.is_shapes, "data=shapes"),
     "optimizer.b1": (_has_moment_decays, "optimizer=adamw or lion"),
     "optimizer.b2": (_has_moment_decays, "optimizer=adamw or lion"),
     "optimizer.eps": (_is_adamw, "optimizer=adamw"),
@@ -227,19 +213,6 @@ def _without_effect(config: Config, paths: Iterable[str]) -> Iterator[Problem]:
         if got != leaves()[path].default and not has_effect(config, path):
             fix = f"it needs {_NEEDS[path][1]}"
             yield Problem(path, spelled(got), "has no effect here", fix)
-
-
-def _data(config: Config) -> Iterator[Problem]:
-    if _is_imagefolder(config) and not config.data.dir:
-        yield Problem("data.dir", None, "missing", "data=imagefolder needs data.dir=FOLDER")
-    if _is_shapes(config) and config.data.num_examples is None:
-        yield Problem("data.num_examples", "null", "data=shapes needs a number of examples")
-    limit, examples = config.train.max_samples, config.data.num_examples
-    if _is_shapes(config) and limit and examples and limit > examples:
-        yield Problem("train.max_samples", str(limit), f"at most data.num_examples={examples}")
-    split = config.data.split
-    if split in {"", ".", ".."} or os.path.basename(split) != split:
-        yield Problem("data.split", split, "must be the name of a split, not a path")
 
 
 def _length(config: Config) -> Iterator[Problem]:
@@ -398,6 +371,11 @@ def _resolution(config: Config) -> Iterator[Problem]:
         path = "data.resolution" if config.data.resolution else "model.resolution"
         rule = f"must be a multiple of {factor} (VAE x UNet levels of model={config.model.name})"
         yield Problem(path, str(pixels), rule, _neighbours(pixels, factor))
+    native, latents = config.model.resolution, config.model.unet.sample_size
+    if native != latents * resolve.vae_factor(config):
+        rule = f"must be {resolve.vae_factor(config)} x model.unet.sample_size={latents}"
+        fix = "data.resolution is the size of training"
+        yield Problem("model.resolution", str(native), rule, fix)
 
 
 def _weights(config: Config) -> Iterator[Problem]:
@@ -583,7 +561,7 @@ def _names(config: Config) -> Iterator[Problem]:
 
 
 _RULES: list[Callable[[Config], Iterator[Problem]]] = [
-    _data,
+    check_data.data_problems,
     _length,
     _schedule,
     _diffusion,

@@ -186,17 +186,16 @@ def exit_code(codes: Sequence[int]) -> int:
 
 def _show(command: str, arguments: Arguments) -> None:
     """Hydra's own answers (`--cfg`, `--info`, completion), once the overrides are found sound."""
+    overrides = arguments.overrides
     if not any(switch in arguments.hydra_switches for switch in ("--shell-completion", "-sc")):
         from sdx.config.overrides import inspect
 
-        problems = [
-            *arguments.problems,
-            *_not_shown(arguments.saved),
-            *inspect(arguments.overrides, option_folders(arguments.config_dir)).problems,
-        ]
+        inspected = inspect(overrides, option_folders(arguments.config_dir))
+        problems = [*arguments.problems, *_not_shown(arguments.saved), *inspected.problems]
         if problems:
             raise ConfigError(problems)
-    switches = [*arguments.hydra_switches, *arguments.overrides]
+        overrides = inspected.sound
+    switches = [*arguments.hydra_switches, *overrides]
     _hydra(command, switches, arguments.config_dir, lambda _: None)
 
 

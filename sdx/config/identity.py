@@ -8,6 +8,7 @@ its schema default is left out of the hash, so a key added later changes no iden
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ def _effective(config: Config) -> dict[str, Any]:
     values["diffusion.prediction_type"] = resolve.prediction_type(config).name
     values["train.global_batch_size"] = _known_batch(config)
     del values["model.resolution"], values["model.prediction_type"]
+    if values.get("data.dir") is not None:  # one folder, however it is spelt
+        values["data.dir"] = os.path.normpath(values["data.dir"])
     return values | _effective_schedule(config, values)
 
 

@@ -66,11 +66,15 @@ def inspect(
         result.has_bad_choice |= bool(faults) and is_choice
         if faults:
             continue
-        result.sound.append(text)
+        key, got = override.key_or_group, override.value()
         if is_choice:
-            result.choices[override.key_or_group] = str(override.value())
+            result.choices[key] = str(got)
+        elif (mapping := _mapping(key)) is not None:
+            _set_below(result.values.setdefault(mapping, {}), key[len(mapping) + 1 :], got)
+            text = f"++{text.lstrip('+')}"  # Hydra adds no keys to a mapping otherwise
         else:
-            result.values |= dict(_items(override.key_or_group, override.value()))
+            result.values |= dict(_items(key, got))
+        result.sound.append(text)
     return result
 
 
@@ -150,7 +154,7 @@ def _judge_value(
     if path == override.key_or_group:
         shown = (override.input_line or "").partition("=")[2]
     if leaf is None:
-        if _is_list_item(path):
+        if _is_list_item(path) or _mapping(path) is not None:
             return
         yield _unknown_key(override, path, shown, options)
     elif override.is_add() and not override.is_force_add():
@@ -270,3 +274,21 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 @cache
 def _parser() -> OverridesParser:
     return OverridesParser.create()
+
+
+def _mapping(path: str) -> str | None:
+    """The key of mapping type that `path` is or lies below, if any."""
+    names = path.split(".")
+    parents = (".".join(names[:length]) for length in range(1, len(names) + 1))
+    return next((key for key in parents if key in leaves() and leaves()[key].kind is dict), None)
+
+
+def _set_below(mapping: dict[str, Any], path: str, got: Any) -> None:
+    """Sets the item at `path` of a mapping, or with no path those of `got`."""
+    name, _, rest = path.partition(".")
+    if not name:
+        mapping |= got
+    elif rest:
+        _set_below(mapping.setdefault(name, {}), rest, got)
+    else:
+        mapping[name] = got

@@ -17,6 +17,7 @@ from sdx.config.schema import (
     SamplerKind,
     SchedulerClass,
 )
+from sdx.config.splits import parse_split
 
 DECAYING = {
     LrScheduleKind.linear,
@@ -108,7 +109,11 @@ def num_examples(config: Config) -> int | None:
     """Examples in one epoch where the configuration alone decides; None where the data does."""
     if config.data.kind is not DataKind.shapes or config.data.num_examples is None:
         return None
-    return min(config.data.num_examples, config.train.max_samples or config.data.num_examples)
+    try:
+        examples = len(parse_split(config.data.split).rows(config.data.num_examples))
+    except ValueError:
+        return None  # `check` says so
+    return min(examples, config.train.max_samples or examples)
 
 
 def max_steps(config: Config, num_examples: int, num_devices: int | None = None) -> int:

@@ -23,7 +23,7 @@ def quick(overrides: Sequence[str]) -> Config:
     choices = [f"{group}={option}" for group, option in inspected.choices.items()]
     node = copy.deepcopy(_composed(tuple(sorted(choices))))
     for key, value in inspected.values.items():
-        OmegaConf.update(node, key, value)
+        OmegaConf.update(node, key, value, force_add=isinstance(value, dict))
     config, problems = typed(node)
     if config is None or problems or inspected.problems:
         raise ConfigError([*inspected.problems, *problems])

@@ -29,7 +29,8 @@ RULES = {
     ),
     "folder without use": (
         "data.dir=photos",
-        "data.dir=photos: has no effect here; it needs data=imagefolder.",
+        "data.dir=photos: has no effect here; it needs data=imagefolder, huggingface, parquet,"
+        " webdataset or arrayrecord.",
     ),
     "judge without shapes": (
         f"{PHOTOS} sample.num_adherence_prompts=10",
@@ -42,6 +43,68 @@ RULES = {
     "too many samples": (
         "data.num_examples=10 train.max_samples=11",
         "train.max_samples=11: at most data.num_examples=10.",
+    ),
+    "dataset missing": (
+        "data=huggingface",
+        "data.name: missing; data=huggingface needs data.name=OWNER/NAME, or data.dir=FOLDER for a"
+        " local copy.",
+    ),
+    "two sources": (
+        "data=pokemon data.dir=copy data.name=somebody/pictures",
+        "data.name=somebody/pictures: has no effect here; it needs data=huggingface without"
+        " data.dir.",
+    ),
+    "name of another kind": (
+        f"{PHOTOS} data.name=somebody/pictures",
+        "data.name=somebody/pictures: has no effect here; it needs data=huggingface without"
+        " data.dir.",
+    ),
+    "no name of a dataset": (
+        "data=huggingface data.name=pictures",
+        "data.name=pictures: must be OWNER/NAME, or the path of a folder.",
+    ),
+    "commit of a local copy": (
+        "data=pokemon data.dir=copy data.revision=main",
+        "data.revision=main: has no effect here; it needs data=huggingface without data.dir.",
+    ),
+    "pattern of a folder of images": (
+        f"{PHOTOS} data.files=a*",
+        "data.files=a*: has no effect here; it needs data=parquet, webdataset or arrayrecord.",
+    ),
+    "pattern that leaves": (
+        "data=webdataset data.dir=shards data.files=../*.tar",
+        "data.files=../*.tar: must be a pattern below data.dir, such as *.tar.",
+    ),
+    "pattern that is a command": (
+        "data=webdataset data.dir=shards data.files='pipe:cat'",
+        "data.files=pipe:cat: must be a pattern below data.dir, such as *.tar.",
+    ),
+    "address of a folder": (
+        "data=parquet data.dir=s3://bucket/tables",
+        "data.dir=s3://bucket/tables: must be a folder of this machine: sources are read by their"
+        " files; copy or mount the data.",
+    ),
+    "plugin missing": (
+        "data=plugin",
+        "data.plugin: missing; data=plugin needs data.plugin=NAME.",
+    ),
+    "options without plugin": (
+        f"{PHOTOS} data.options={{folder:x}}",
+        "data.options={folder:x}: has no effect here; it needs data=plugin.",
+    ),
+    "options that JSON cannot hold": (
+        "data=plugin data.plugin=mine data.options={rate:inf}",
+        "data.options={rate:inf}: must hold texts, finite numbers, true, false, null, lists and"
+        " maps only.",
+    ),
+    "column of a folder of images": (
+        f"{PHOTOS} data.image_column=picture",
+        "data.image_column=picture: has no effect here; it needs data=huggingface, parquet or"
+        " arrayrecord.",
+    ),
+    "no slice": (
+        "data.split='train[:x]'",
+        "data.split=train[:x]: its bounds must be whole numbers or whole percentages.",
     ),
     "split is a path": (
         "data.split=../secret",
@@ -200,6 +263,11 @@ RULES = {
         "model=sd21 data.resolution=500",
         "data.resolution=500: must be a multiple of 64 (VAE x UNet levels of model=sd21);"
         " use 448 or 512.",
+    ),
+    "native resolution": (
+        "model=sd21 model.resolution=512",
+        "model.resolution=512: must be 8 x model.unet.sample_size=96;"
+        " data.resolution is the size of training.",
     ),
     "no UNet in tiny": (
         "model.init=pretrained",

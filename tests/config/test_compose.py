@@ -19,6 +19,11 @@ OPTIONS = [(group, name) for group, names in group_options([CONF]).items() for n
 # What an option needs from the person beside it.
 NEEDS = {
     ("data", "imagefolder"): ["data.dir=photos"],
+    ("data", "huggingface"): ["data.name=somebody/pictures"],
+    ("data", "parquet"): ["data.dir=tables"],
+    ("data", "webdataset"): ["data.dir=shards"],
+    ("data", "arrayrecord"): ["data.dir=records"],
+    ("data", "plugin"): ["data.plugin=mine"],
     ("experiment", "finetune_sd15"): ["data.dir=photos"],
     ("experiment", "finetune_sd21"): ["data.dir=photos"],
     ("mesh", "dp"): ["hardware=gpu_h100_8"],
@@ -232,3 +237,18 @@ def test_hydra_writes_nothing_wherever_a_launcher_runs_it() -> None:
 
 def test_every_group_but_the_presets_has_a_default() -> None:
     assert set(group_options([CONF])) - set(default_options()) == {"experiment", "debug"}
+
+
+def test_a_mapping_takes_keys_from_the_command_line_and_from_files(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text(
+        "# @package _global_\ndata:\n  kind: plugin\n  plugin: mine\n"
+        "  options: {folder: pictures, size: {least: 1}}\n"
+    )
+    typed = ["data.options={folder: x, names: [a, b]}", "+data.options.size.most=2"]
+    config = compose(["data=mine", *typed], config_dir=tmp_path)
+    expected = {"folder": "x", "names": ["a", "b"], "size": {"least": 1, "most": 2}}
+    assert config.data.options == expected
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    again = from_saved(tmp_path / "config.yaml", ["data.options.size.least=3"])
+    assert again.data.options == expected | {"size": {"least": 3, "most": 2}}

@@ -77,6 +77,22 @@ def test_the_spelling_of_a_value_does_not_matter() -> None:
     assert len({hash_of(spelling) for spelling in spellings}) == 1
 
 
+@pytest.mark.parametrize("spelling", ["./photos", "photos/", "photos/.", "a/../photos"])
+def test_the_spelling_of_a_folder_does_not_matter(spelling: str) -> None:
+    kind = "data=imagefolder"
+    assert hash_of(kind, f"data.dir={spelling}") == hash_of(kind, "data.dir=photos")
+    assert hash_of(kind, "data.dir=/photos") != hash_of(kind, "data.dir=photos")
+    changed = differences(
+        quick([*BASE, kind, f"data.dir={spelling}"]), quick([*BASE, kind, "data.dir=photos"])
+    )
+    assert changed == []
+
+
+def test_a_local_copy_is_what_is_trained_on_whatever_the_name_beside_it() -> None:
+    assert hash_of("data=pokemon", "data.dir=copy") == hash_of("data=naruto", "data.dir=copy")
+    assert hash_of("data=pokemon") != hash_of("data=naruto")
+
+
 def test_what_the_model_implies_equals_what_is_spelled_out() -> None:
     config = quick(BASE)
     spelled = [
