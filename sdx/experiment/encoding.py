@@ -37,7 +37,7 @@ from sdx.parallel.mesh import claim_devices, make_mesh
 from sdx.parallel.stopping import EXIT_INTERRUPTED, StopFlag
 from sdx.record.files import now, write_json
 from sdx.record.lock import RunLock, RunLocked
-from sdx.record.provenance import provenance
+from sdx.record.provenance import git_commit
 from sdx.record.store import AnyPath, StoreError
 from sdx.training.metrics import ProgressLine, format_seconds
 from sdx.weights.model_files import ModelFiles
@@ -46,6 +46,7 @@ FINISHED, FAILED, REFUSED = 0, 1, 2
 
 _PIXELS_AT_ONCE = 2**21  # on a device: 8 images of 512 pixels, whose activations take about 1 GB
 _MAX_AT_ONCE = 64  # images or captions on a device
+_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
 _LOOK_EVERY_S = 2.0  # for what other processes have finished
 
 
@@ -246,7 +247,7 @@ def _pending(job: Job, target: Target, overrides: Sequence[str], stop: StopFlag)
     again."""
     target.folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0 and not (target.folder / "meta.json").is_file():
-        made = {"at": now(), "overrides": [*overrides], "by": provenance()}
+        made = {"at": now(), "overrides": [*overrides], "git_commit": git_commit()}
         meta = {"format": FORMAT, "kind": target.key.kind, "key": dict(target.key.parts)}
         write_json(target.folder / "meta.json", {**meta, "made": made})
     sound = sound_shards(target.folder, target.own, should_stop=lambda: stop.requested)
@@ -277,17 +278,21 @@ def _announce(job: Job, target: Target, num_todo: int) -> None:
     views = f", {target.num_views} views of each" if target.num_views > 1 else ""
     print(
         f"encoding {num_todo} of {target.num_examples} images{views}, about"
-        f" {num_todo * per_example / 1e9:.2f} GB ({per_example / 1e3:.0f} KB each)"
-        f" -> {target.folder}",
+        f" {_size(num_todo * per_example)} ({_size(per_example)} each) -> {target.folder}",
         flush=True,
     )
     if isinstance(target.folder, Path):
         free = shutil.disk_usage(target.folder).free
         if free < num_todo * per_example:
             raise DataError(
-                f"data.cache_dir: {free / 1e9:.2f} GB are free in {target.folder.parent}; make"
+                f"data.cache_dir: {_size(free)} are free in {target.folder.parent}; make"
                 " room, or give another folder."
             )
+
+
+def _size(num_bytes: float) -> str:
+    unit, name = next(unit for unit in _UNITS if num_bytes >= unit[0] or unit[0] == 1e3)
+    return f"{num_bytes / unit:.3g} {name}"
 
 
 def _images_at_once(config: Config) -> int:
