@@ -13,7 +13,7 @@ import struct
 _NUM_ROUNDS = 8
 
 
-def shuffled(position: int, length: int, *, seed: int, epoch: int) -> int:
+def shuffled(position: int, length: int, *, seed: int, epoch: int, stream: str = "order") -> int:
     """The index at `position` of this epoch's order: a bijection of range(length).
 
     A Feistel network over a rectangle of about sqrt(length) × sqrt(length) cells; values past the
@@ -28,8 +28,8 @@ def shuffled(position: int, length: int, *, seed: int, epoch: int) -> int:
     while True:
         row, column = divmod(cell, num_columns)
         for round_ in range(0, _NUM_ROUNDS, 2):
-            row = (row + _hash("order", seed, epoch, round_, column)) % num_rows
-            column = (column + _hash("order", seed, epoch, round_ + 1, row)) % num_columns
+            row = (row + _hash(stream, seed, epoch, round_, column)) % num_rows
+            column = (column + _hash(stream, seed, epoch, round_ + 1, row)) % num_columns
         cell = row * num_columns + column
         if cell < length:
             return cell

@@ -1,11 +1,4 @@
-"""Batches of training examples.
-
-Order: the epochs of the data, each in its own order, lie one after the other, and step k takes
-positions [k·B, (k+1)·B) of that line, B the global batch size. So a batch may hold the end of one
-epoch and the beginning of the next, no example is dropped, each is seen exactly once an epoch, and
-the batch of step k is a function of (seed, k) alone: a resume needs only the step. A host takes the
-part of the batch at its place; other hosts or more of them change no batch.
-"""
+"""Batches of training examples, read ahead; which examples a step has is order.py's."""
 
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -17,10 +10,11 @@ from jaxtyping import Float16, Float32, Int32, Int64, UInt8
 
 from sdx.config.schema import DataConfig
 from sdx.data.ahead import Ahead, Overdue
+from sdx.data.buckets import Buckets
 from sdx.data.cached import CachedSource, cached_rows
 from sdx.data.captions import choose_caption
-from sdx.data.draws import shuffled
 from sdx.data.images import training_image
+from sdx.data.order import BucketOrder, EndlessOrder, Order, Place
 from sdx.data.source import (
     BadImage,
     BadImageError,
@@ -41,7 +35,8 @@ class HostBatch:
 
     `images` are RGB, 0 to 255; where a cache is read there are `moments` of the VAE instead, and
     `context`, text states, where it holds them. `weights` are 1, and 0 for an example that could
-    not be read any more; its image is black and its caption empty. `indices` are the source's,
+    not be read any more, whose image is black and caption empty, and for one that only fills the
+    last batch of its bucket. `indices` are the source's,
     `epochs` count from 0. `bad_images` are the unreadable ones.
     """
 
@@ -67,10 +62,12 @@ def make_loader(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    buckets: Buckets | None = None,
 ) -> "Loader":
     """An endless iterator over this host's batches from `start_step` on, reading ahead.
 
-    `process_count` must divide `global_batch_size`.
+    `process_count` must divide `global_batch_size`. Images are square, or of the shape of their
+    bucket.
     """
     if global_batch_size % process_count:
         raise DataError(
@@ -81,17 +78,16 @@ def make_loader(
     if isinstance(source, CachedSource):
         rows = cached_rows(source, tokenizer, caption_dropout=data.caption_dropout, seed=seed)
     else:
-        rows = pixel_rows(source, tokenizer, data, seed=seed, resolution=resolution)
-    read = _ReadBatch(
-        rows=rows,
-        shuffle=data.shuffle,
-        seed=seed,
-        global_batch_size=global_batch_size,
-        first_row=global_batch_size // process_count * process_index,
-        num_rows=global_batch_size // process_count,
-    )
+        rows = pixel_rows(
+            source, tokenizer, data, seed=seed, resolution=resolution, buckets=buckets
+        )
+    order: Order = EndlessOrder(len(rows), global_batch_size, data.shuffle, seed)
+    if buckets is not None:
+        order = BucketOrder(buckets, global_batch_size, data.shuffle, seed)
+    num_rows = global_batch_size // process_count
+    host_rows = range(num_rows * process_index, num_rows * (process_index + 1))
     return Loader(
-        read,
+        _ReadBatch(rows, order, host_rows),
         start_step,
         num_workers=data.num_workers,
         max_bad_fraction=data.max_bad_fraction,
@@ -100,7 +96,13 @@ def make_loader(
 
 
 def pixel_rows(
-    source: Source, tokenizer: Tokenizer, data: DataConfig, *, seed: int, resolution: int
+    source: Source,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    *,
+    seed: int,
+    resolution: int,
+    buckets: Buckets | None = None,
 ) -> "PixelRows":
     """Rows of a source's images, transformed as `data` says."""
     return PixelRows(
@@ -112,6 +114,7 @@ def pixel_rows(
         random_flip=data.random_flip,
         caption_dropout=data.caption_dropout,
         seed=seed,
+        buckets=buckets,
     )
 
 
@@ -232,10 +235,6 @@ def check_bad_images(
         )
 
 
-Place = tuple[int, int]
-"""Epoch and index of one row."""
-
-
 @runtime_checkable
 class Rows(Protocol):
     """What rows of a batch are read with; picklable for loader processes."""
@@ -262,13 +261,16 @@ class PixelRows:
     random_flip: bool
     caption_dropout: float
     seed: int
+    buckets: Buckets | None = None
+    """The shapes of images; they are squares of `resolution` without. The rows of one reading are
+    of one bucket."""
 
     def __len__(self) -> int:
         return len(self.source)
 
     def read(self, places: Sequence[Place]) -> tuple[dict[str, np.ndarray], dict[int, BadImage]]:
         """As `Rows`; an empty row is black and has the empty caption."""
-        images = np.zeros((len(places), self.resolution, self.resolution, 3), np.uint8)
+        images = np.zeros((len(places), *self.size_of(places[0][1]), 3), np.uint8)
         captions = [""] * len(places)
         bad: dict[int, BadImage] = {}
         for row, (epoch, index) in enumerate(places):
@@ -287,11 +289,17 @@ class PixelRows:
             )
         return {"images": images, "tokens": self.tokenizer.encode(captions)}, bad
 
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Height and width of what the model is shown of an example."""
+        if self.buckets is None:
+            return self.resolution, self.resolution
+        return self.buckets.size_of(index)
+
     def image(self, example: Example, epoch: int, index: int) -> UInt8[np.ndarray, "H W 3"]:
         """What the model is shown of the example at `index` in this epoch."""
         return training_image(
             example.picture,
-            (self.resolution, self.resolution),
+            self.size_of(index),
             interpolation=self.interpolation,
             center_crop=self.center_crop,
             random_flip=self.random_flip,
@@ -310,33 +318,20 @@ class _ReadBatch:
     """
 
     rows: Rows
-    shuffle: bool
-    seed: int
-    global_batch_size: int
-    first_row: int
-    num_rows: int
+    order: Order
+    host_rows: range
 
     def __call__(self, step: int) -> dict[str, Any]:
-        places = self._places(step)
-        arrays, bad = self.rows.read(places)
-        epochs, indices = np.asarray(places, np.int64).T
+        places = self.order(step, self.host_rows)
+        arrays, bad = self.rows.read(places.rows)
+        epochs, indices = np.asarray(places.rows, np.int64).T
+        is_counted = np.arange(len(places.rows)) < places.num_counted
+        is_good = np.array([index not in bad for _, index in places.rows])
         return {
             **arrays,
             "step": step,
-            "weights": np.array([index not in bad for _, index in places], np.float32),
+            "weights": np.float32(is_counted & is_good),
             "indices": indices,
             "epochs": epochs,
             "bad_images": bad,
         }
-
-    def _places(self, step: int) -> list[Place]:
-        """Epoch and index of each of this host's rows."""
-        first = step * self.global_batch_size + self.first_row
-        length = len(self.rows)
-        places = []
-        for position in range(first, first + self.num_rows):
-            epoch, offset = divmod(position, length)
-            if self.shuffle:
-                offset = shuffled(offset, length, seed=self.seed, epoch=epoch)
-            places.append((epoch, offset))
-        return places
