@@ -165,7 +165,11 @@ def _take_folder(setup: Setup, overrides: Sequence[str]) -> RunRecord:
     for change in changes:
         if change.on_resume == OnResume.warn.name:
             print(f"changed since the last start: {change.path}: {change.old} -> {change.new}")
-    record.update(data_fingerprint=setup.source.fingerprint, weights=setup.weights.provenance())
+    record.update(
+        data_fingerprint=setup.source.fingerprint,
+        data=getattr(setup.source, "provenance", {}),
+        weights=setup.weights.provenance(),
+    )
     return record
 
 

@@ -11,7 +11,15 @@ from jax.sharding import Mesh
 
 from sdx.config import resolve
 from sdx.config.identity import run_folder_name
-from sdx.config.schema import Config, Init, ModelConfig, OptimizerKind, WeightsDtype
+from sdx.config.schema import (
+    Config,
+    DataConfig,
+    DataKind,
+    Init,
+    ModelConfig,
+    OptimizerKind,
+    WeightsDtype,
+)
 from sdx.data.source import DataError, Source
 from sdx.data.sources import open_source
 from sdx.data.tokenizer import Tokenizer, load_tokenizer
@@ -25,7 +33,7 @@ from sdx.parallel.mesh import MeshError, claim_devices, make_mesh
 from sdx.record.files import DamagedRecord, read_json
 from sdx.record.lock import RefusedStart
 from sdx.record.paths import RunPaths
-from sdx.record.provenance import weights_commit
+from sdx.record.provenance import data_commit, weights_commit
 from sdx.training.program import BatchError, check_batch
 from sdx.training.sinks import SinkError, check_sinks
 from sdx.weights.configs import check_model
@@ -87,8 +95,9 @@ def prepare(config: Config) -> Setup:
         config = adopted
     check_weights(config, weights, unet)
     tokenizer = open_tokenizer(config, weights)
-    source = open_source(config.data, resolution=resolve.resolution(config))
-    validation = open_validation(config, source)
+    data = _data_at_recorded_commit(config)
+    source = open_source(data, resolution=resolve.resolution(config))
+    validation = open_validation(replace(config, data=_at_commit_of(source, data)), source)
     source = training_source(config, source, weights)
     return Setup(
         config=config,
@@ -101,6 +110,21 @@ def prepare(config: Config) -> Setup:
         max_steps=resolve.max_steps(config, len(source)),
         paths=run_paths(config),
     )
+
+
+def _data_at_recorded_commit(config: Config) -> DataConfig:
+    """The dataset as it was when the run began."""
+    data = config.data
+    if data.kind is not DataKind.huggingface or data.dir is not None or data.revision is not None:
+        return data
+    commit = data_commit(read_json(run_paths(config).run), data.name)
+    return replace(data, revision=commit)
+
+
+def _at_commit_of(source: Source, data: DataConfig) -> DataConfig:
+    """The dataset at the commit of `source`, for its other splits."""
+    commit = getattr(source, "provenance", {}).get("commit")
+    return data if commit is None else replace(data, revision=commit)
 
 
 def _at_recorded_commit(config: Config) -> ModelConfig:

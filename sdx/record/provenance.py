@@ -52,8 +52,17 @@ def git_commit(source: Path = _SOURCE) -> str | None:
 
 def weights_commit(record: Mapping[str, Any] | None, source: str) -> str | None:
     """The commit that the model's files had in the Hub repository `source`, by a run's record."""
-    weights = (record or {}).get("weights") or {}
-    return weights.get("commit") if weights.get("source") == source else None
+    return _commit(record, "weights", source)
+
+
+def data_commit(record: Mapping[str, Any] | None, source: str | None) -> str | None:
+    """The commit that the dataset `source` of the Hub had, by a run's record."""
+    return _commit(record, "data", source)
+
+
+def _commit(record: Mapping[str, Any] | None, part: str, source: str | None) -> str | None:
+    noted = (record or {}).get(part) or {}
+    return noted.get("commit") if noted.get("source") == source else None
 
 
 def uncommitted_changes(source: Path = _SOURCE) -> str | None:
