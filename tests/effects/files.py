@@ -1,0 +1,74 @@
+"""Files that rows read: a model in diffusers' layout, a UNet alone, and a folder of pictures.
+
+What was read is told by one number of each network, which is another in every file.
+"""
+
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from sdx.weights.export import save_unet
+from tests.effects.effect import Case
+
+VAE = "vae/diffusion_pytorch_model"
+MARKS = {"unet": "conv_in.bias", "vae": "encoder.conv_in.bias"}
+"""The parameter whose first number tells files apart."""
+PLAIN, VARIANT, ALONE = 1.0, 2.0, 3.0
+CAPTIONS = ["zero", "one", "two", "three", "four", "five"]
+WIDTH, HEIGHT = 32, 16
+
+
+def make_files(folder: Path, base: Case) -> None:
+    """`model/`, with files of the variant fp16 beside the plain ones, `alone/` and `pictures/`."""
+    _make_model(folder / "model", base)
+    unet = base.program.networks.unet.init(jax.random.key(1))
+    (folder / "alone").mkdir()
+    save_unet(unet, base.config.model.unet, folder / "alone", "float32")
+    _mark(folder / "alone" / "unet" / "diffusion_pytorch_model.safetensors", "unet", ALONE)
+    _make_pictures(folder / "pictures")
+
+
+def _make_model(folder: Path, base: Case) -> None:
+    """The embedded model with a UNet; its autoencoder says another scaling factor."""
+    shutil.copytree(Path(str(files("sdx") / "assets" / "tiny")), folder)
+    shutil.rmtree(folder / "unet")
+    unet = base.program.networks.unet.init(jax.random.key(0))
+    save_unet(unet, base.config.model.unet, folder, "float32")
+    for component in ("unet", "vae", "text_encoder"):
+        [plain] = (folder / component).glob("*.safetensors")
+        variant = plain.with_suffix(".fp16.safetensors")
+        shutil.copyfile(plain, variant)
+        if component in MARKS:
+            _mark(plain, component, PLAIN)
+            _mark(variant, component, VARIANT)
+
+
+def _mark(file: Path, component: str, number: float) -> None:
+    tensors = load_file(file)
+    tensors[MARKS[component]] = np.full_like(tensors[MARKS[component]], number)
+    save_file(tensors, file)
+
+
+def rewrite(folder: Path, component: str, **fields: Any) -> None:
+    """Other fields in a component's config.json."""
+    file = folder / component / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def _make_pictures(folder: Path) -> None:
+    """Pictures twice as wide as high whose red is the column; two columns of captions."""
+    folder.mkdir()
+    columns = np.broadcast_to(np.arange(WIDTH, dtype=np.uint8)[None, :, None], (HEIGHT, WIDTH, 3))
+    rows = []
+    for index, caption in enumerate(CAPTIONS):
+        name = f"{index}.png"
+        Image.fromarray(columns * np.uint8([8, 0, 0])).save(folder / name)
+        rows.append({"file_name": name, "text": caption, "title": f"title {caption}"})
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
