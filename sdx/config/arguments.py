@@ -87,7 +87,10 @@ def _ours(result: Arguments, switch: str, value: str | None, tokens: list[str]) 
         value = value if value is not None else tokens.pop(0) if tokens else ""
         flag = "--from" if switch == "from" else "--config-dir"
         folder = Path(value).expanduser()
-        if not value or not folder.exists():
+        if "://" in value:
+            fix = "copy it here; a run in a store goes on by the command that began it"
+            result.problems.append(Problem(flag, value, "must be a local file or folder", fix))
+        elif not value or not folder.exists():
             result.problems.append(Problem(flag, value, "no such file or folder"))
         elif switch == "from":
             result.saved = folder

@@ -62,6 +62,7 @@ def has_effect(config: Config, path: str) -> bool:
 
 HELD_OUT = """'data.split="train[:95%]"' 'eval.split="train[95%:]"'"""
 """How a part of the data is held out, as it is typed."""
+_STORES = ("s3://", "gs://")
 _MAX_NAME_BYTES = 200  # file systems take 255; a sweep adds to the name
 _OVERRULED_BY = {
     "train.epochs": "train.max_steps",
@@ -553,11 +554,19 @@ def _names(config: Config) -> Iterator[Problem]:
         yield Problem("run.name", name, f"must be at most {_MAX_NAME_BYTES} bytes long")
     if not config.run.output_dir:
         yield Problem("run.output_dir", "''", "must be a folder")
-    if "://" in config.run.output_dir:
-        rule = "object stores are not written to yet"
-        yield Problem("run.output_dir", config.run.output_dir, rule, "give a folder")
     if config.run.resume_from == "":
         yield Problem("run.resume_from", "''", "must be RUN or RUN@STEP, or null")
+
+
+def _places(config: Config) -> Iterator[Problem]:
+    """What may lie in an object store, and what not."""
+    for path in ("run.output_dir", "data.cache_dir"):
+        if "://" in (place := value(config, path)) and not place.startswith(_STORES):
+            rule = f"must be a local folder or begin with {' or '.join(_STORES)}"
+            yield Problem(path, place, rule)
+    place = config.run.compilation_cache_dir or ""
+    if "://" in place:
+        yield Problem("run.compilation_cache_dir", place, "must be a local folder", "mount it")
 
 
 _RULES: list[Callable[[Config], Iterator[Problem]]] = [
@@ -578,4 +587,5 @@ _RULES: list[Callable[[Config], Iterator[Problem]]] = [
     _mesh,
     _batch,
     _names,
+    _places,
 ]

@@ -6,8 +6,9 @@ one by one, the good ones are composed, and the result is checked as a whole.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -60,8 +61,24 @@ def compose(
     return config
 
 
+@runtime_checkable
+class SavedPlace(Protocol):
+    """What is asked of a saved configuration's path: a local one, or one in an object store."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __truediv__(self, name: str, /) -> "SavedPlace": ...
+
+    def is_dir(self) -> bool: ...
+
+    def is_file(self) -> bool: ...
+
+    def read_text(self, encoding: str) -> str: ...
+
+
 def from_saved(
-    path: Path, overrides: Sequence[str] = (), *, adjust: Adjust | None = None
+    path: SavedPlace, overrides: Sequence[str] = (), *, adjust: Adjust | None = None
 ) -> Config:
     """The configuration saved at `path` (a run folder or a YAML file), with `overrides` on top.
 
@@ -189,11 +206,11 @@ def _missing(node: DictConfig) -> Iterator[Problem]:
         yield Problem(path, None, "missing", f"set it in conf/ or pass {path}=…")
 
 
-def _load_saved(file: Path) -> dict[str, Any]:
+def _load_saved(file: SavedPlace) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError([Problem("--from", str(file), "no such file")])
     try:
-        content = OmegaConf.to_container(OmegaConf.load(file))
+        content = OmegaConf.to_container(OmegaConf.load(StringIO(file.read_text("utf-8"))))
     except (YAMLError, UnicodeDecodeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError([Problem("--from", str(file), f"not readable ({reason})")]) from None

@@ -419,8 +419,12 @@ RULES = {
         f"run.name={'a' * 201}: must be at most 200 bytes long.",
     ),
     "object store": (
-        "run.output_dir=gs://bucket/runs",
-        "run.output_dir=gs://bucket/runs: object stores are not written to yet; give a folder.",
+        "run.output_dir=hdfs://bucket/runs",
+        "run.output_dir=hdfs://bucket/runs: must be a local folder or begin with s3:// or gs://.",
+    ),
+    "compiled programs in a store": (
+        "run.compilation_cache_dir=s3://bucket/xla",
+        "run.compilation_cache_dir=s3://bucket/xla: must be a local folder; mount it.",
     ),
     "seed of more than 32 bits": (
         "run.seed=4294967296",
@@ -433,6 +437,7 @@ RULES = {
     ),
 }
 SOUND = [
+    "run.output_dir=s3://bucket/runs run.resume_from=gs://bucket/runs/a@best",
     "hardware=gpu_h100_8 mesh.ici.tensor=2 train.per_device_batch_size=0.5",
     "hardware=gpu_h100_8 mesh.ici.data=2 mesh.ici.fsdp=2 mesh.ici.tensor=2",
     "hardware=gpu mesh=fsdp",
