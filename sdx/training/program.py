@@ -9,7 +9,7 @@ tokens; a frozen one is not even an argument there, so that nothing can differen
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -62,25 +62,32 @@ Shapes = tuple[tuple[int, ...] | None, ...]
 
 @dataclass(frozen=True)
 class ByShape:
-    """A function of (frozen, batch) with executables for the batches known beforehand."""
+    """A function with executables for the shapes of arguments known beforehand; its first argument,
+    weights or state, has always the same.
+    """
 
     function: Wrapped
     compiled: Mapping[Shapes, Compiled]
 
-    def __call__(self, frozen: Params, batch: Batch) -> tuple[Array, Array]:
-        """What the function says, compiled for this batch already or now."""
-        return self.compiled.get(_shapes(batch), self.function)(frozen, batch)
+    def __call__(self, weights: Any, *arguments: Batch | Array) -> Any:
+        """What the function says, compiled for these shapes already or now."""
+        return self.compiled.get(_shapes(arguments), self.function)(weights, *arguments)
 
-    def knowing(self, frozen: Params, batch: Batch) -> "ByShape":
-        """This function, compiled for the shapes of `batch` too; arguments may be abstract."""
-        if _shapes(batch) in self.compiled:
+    def knowing(self, weights: Any, *arguments: Any) -> "ByShape":
+        """This function, compiled for these shapes too; arguments may be abstract."""
+        if _shapes(arguments) in self.compiled:
             return self
-        compiled = self.function.lower(frozen, batch).compile()
-        return ByShape(self.function, {**self.compiled, _shapes(batch): compiled})
+        compiled = self.function.lower(weights, *arguments).compile()
+        return ByShape(self.function, {**self.compiled, _shapes(arguments): compiled})
 
 
-def _shapes(batch: Batch) -> Shapes:
-    return tuple(None if array is None else array.shape for array in batch)
+def _shapes(arguments: Sequence[Any]) -> Shapes:
+    arrays = [
+        array
+        for argument in arguments
+        for array in (argument if isinstance(argument, Batch) else (argument,))
+    ]
+    return tuple(None if array is None else array.shape for array in arrays)
 
 
 @dataclass(frozen=True)
@@ -97,17 +104,22 @@ class Program:
     abstract_state: TrainState
     """Shapes, types and shardings; what a checkpoint is restored into."""
     abstract_frozen: Params
-    abstract_batch: Batch
-    """What training reads: pixels, or what `data.cache` says."""
+    abstract_batches: tuple[Batch, ...]
+    """What training reads, pixels, or what `data.cache` says: one batch, or one of each bucket."""
     encode: Wrapped | ByShape
     """(frozen, batch) to VAE moments and what the step makes of the captions: text states, or the
-    tokens where the text encoder is trained. A batch of another kind or shape than `abstract_batch`
-    is compiled when it comes."""
-    step: Wrapped | Compiled
+    tokens where the text encoder is trained. A batch of another kind or shape than
+    `abstract_batches` is compiled when it comes."""
+    step: Wrapped | ByShape
     """(state, moments, conditioning, weights) to the next state and metrics; the state handed in is
     used up."""
     compile_s: float | None = None
     """Seconds `compile` took, reading a cached executable included; None before."""
+
+    @property
+    def abstract_batch(self) -> Batch:
+        """The first of `abstract_batches`."""
+        return self.abstract_batches[0]
 
     @property
     def state_shardings(self) -> TrainState:
@@ -152,35 +164,59 @@ class Program:
 
     def lower(self) -> tuple[Lowered, Lowered]:
         """Both programs, traced and lowered for the shapes of this configuration: encode, step."""
+        return self._lower(self.abstract_batch)
+
+    def _lower(self, batch: Batch) -> tuple[Lowered, Lowered]:
         assert isinstance(self.encode, Wrapped) and isinstance(self.step, Wrapped), (
             "compiled before"
         )
-        batch = self.abstract_batch
         encode = self.encode.lower(self.abstract_frozen, batch)
-        place = sharding.batch_sharding(self.mesh)
-        moments, conditioning = (
-            jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=place) for out in encode.out_info
-        )
+        moments, conditioning = self._encoded(encode)
         return encode, self.step.lower(self.abstract_state, moments, conditioning, batch.weights)
 
+    def _encoded(self, encode: Lowered) -> list[jax.ShapeDtypeStruct]:
+        place = sharding.batch_sharding(self.mesh)
+        return [
+            jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=place) for out in encode.out_info
+        ]
+
     def compile(self) -> "Program":
-        """This program with both functions compiled ahead of their first call."""
+        """This program with both functions compiled ahead of their first call, for each bucket."""
         start = time.perf_counter()
-        encode, step = (lowered.compile() for lowered in self.lower())
-        assert isinstance(self.encode, Wrapped)
-        by_shape = ByShape(self.encode, {_shapes(self.abstract_batch): encode})
-        return replace(self, encode=by_shape, step=step, compile_s=time.perf_counter() - start)
+        assert isinstance(self.encode, Wrapped) and isinstance(self.step, Wrapped)
+        encodes: dict[Shapes, Compiled] = {}
+        steps: dict[Shapes, Compiled] = {}
+        for batch in self.abstract_batches:
+            encode, step = self._lower(batch)
+            encodes[_shapes([batch])] = encode.compile()
+            steps[_shapes([*self._encoded(encode), batch.weights])] = step.compile()
+        return replace(
+            self,
+            encode=ByShape(self.encode, encodes),
+            step=ByShape(self.step, steps),
+            compile_s=time.perf_counter() - start,
+        )
 
 
-def build(config: Config, mesh: Mesh, *, max_steps: int) -> Program:
+def build(
+    config: Config,
+    mesh: Mesh,
+    *,
+    max_steps: int,
+    buckets: Mapping[tuple[int, int], float] | None = None,
+) -> Program:
     """The program of `config` on `mesh`; `max_steps` is where a decaying learning rate ends unless
     the config says.
 
+    `buckets` are the shapes, height and width, that images have instead of squares, each with its
+    share of the steps; the operations of a step are then the mean over the steps of an epoch.
     Raises BatchError where the batch does not split over the mesh's devices and the micro-steps.
     """
     batch_size = resolve.global_batch_size(config, mesh.size)
     check_batch(config, mesh, batch_size)
     networks = networks_of(config)
+    side = resolve.resolution(config)
+    sizes = buckets or {(side, side): 1.0}
     captions = IN_THE_STEP if config.train.text_encoder else BEFORE_THE_STEP
     predict = partial(captions.predict, networks)
     rule = _make_rule(config, mesh, predict, max_steps, batch_size)
@@ -197,10 +233,11 @@ def build(config: Config, mesh: Mesh, *, max_steps: int) -> Program:
         rule=rule,
         networks=networks,
         global_batch_size=batch_size,
-        flops_per_step=batch_size * _flops_per_example(config),
+        flops_per_step=batch_size
+        * sum(share * _flops_per_example(config, size) for size, share in sizes.items()),
         abstract_state=abstract_state,
         abstract_frozen=_placed(frozen, sharding.parameter_shardings(frozen, mesh)),
-        abstract_batch=_abstract_batch(config, mesh, batch_size),
+        abstract_batches=tuple(_abstract_batch(config, mesh, batch_size, size) for size in sizes),
         encode=jax.jit(partial(captions.encode, networks), out_shardings=batch),
         step=jax.jit(
             partial(train_step, rule),
@@ -336,22 +373,22 @@ def _initial(rule: StepRule, ema: bool, params: Params) -> TrainState:
     return initial_state(params, rule.optimizer, ema=ema)
 
 
-def _abstract_batch(config: Config, mesh: Mesh, batch_size: int) -> Batch:
-    side, length = resolve.resolution(config), config.model.text_encoder.max_position_embeddings
+def _abstract_batch(config: Config, mesh: Mesh, batch_size: int, size: tuple[int, int]) -> Batch:
+    length = config.model.text_encoder.max_position_embeddings
     place = sharding.batch_sharding(mesh)
 
     def rows(*shape: int, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=place)
 
     batch = Batch(
-        images=rows(side, side, config.model.vae.in_channels, dtype=jnp.uint8),
+        images=rows(*size, config.model.vae.in_channels, dtype=jnp.uint8),
         tokens=rows(length, dtype=jnp.int32),
         weights=rows(dtype=jnp.float32),
     )
     if config.data.cache is Cache.none:
         return batch
-    latent, channels = side // resolve.vae_factor(config), 2 * config.model.vae.latent_channels
-    batch = batch._replace(images=None, moments=rows(latent, latent, channels, dtype=jnp.float16))
+    latents, channels = _latent_size(config, size), 2 * config.model.vae.latent_channels
+    batch = batch._replace(images=None, moments=rows(*latents, channels, dtype=jnp.float16))
     if config.data.cache is Cache.moments:
         return batch
     width = config.model.text_encoder.hidden_size
@@ -378,15 +415,19 @@ def check_batch(config: Config, mesh: Mesh, batch_size: int) -> None:
         )
 
 
-def _flops_per_example(config: Config) -> float:
+def _latent_size(config: Config, size: tuple[int, int]) -> tuple[int, int]:
+    factor = resolve.vae_factor(config)
+    return size[0] // factor, size[1] // factor
+
+
+def _flops_per_example(config: Config, size: tuple[int, int]) -> float:
     """Forward, and backward at twice that for what is trained; DREAM asks the UNet once more."""
-    model, side, cache = config.model, resolve.resolution(config), config.data.cache
-    latent = side // resolve.vae_factor(config)
-    unet = flops.unet_forward_flops(model.unet, latent, latent)
+    model, cache = config.model, config.data.cache
+    unet = flops.unet_forward_flops(model.unet, *_latent_size(config, size))
     text = flops.text_flops(model.text_encoder)
     encoded = 0.0 if cache is Cache.moments_and_context else text
     return (
         (3 if config.diffusion.dream is None else 4) * unet
         + (3 * text if config.train.text_encoder else encoded)
-        + (flops.vae_encode_flops(model.vae, side, side) if cache is Cache.none else 0)
+        + (flops.vae_encode_flops(model.vae, *size) if cache is Cache.none else 0)
     )
