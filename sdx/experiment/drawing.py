@@ -11,7 +11,6 @@ from sdx.data.source import DataError
 from sdx.diffusion.plans import SamplerError
 from sdx.experiment.validating import named_step
 from sdx.pipeline import load, load_run
-from sdx.record.paths import RunPaths
 from sdx.record.validation import parse_run
 from sdx.training.checkpoint import CheckpointMismatch, NoValidCheckpoint
 from sdx.training.pictures import make_grid, save_png, to_uint8
@@ -30,6 +29,7 @@ DRAWING_FAULTS = (
     SamplerError,
     NoValidCheckpoint,
     CheckpointMismatch,
+    StoreError,
 )
 _MAX_NAME = 60  # letters of the prompt in a file's name
 
@@ -44,17 +44,16 @@ def draw(
     guidance_scale: float | None,
     sampler: str | None,
     seed: int,
-    out: Path | None,
+    out: AnyPath | None,
     model: str | None,
-) -> Path:
+) -> AnyPath:
     """The folder with `grid.png` and a PNG for each prompt and number; raises DRAWING_FAULTS.
 
     RUN@STEP and RUN@best are checkpoints of a run. What is None is the run's own `sample.*`, or the
     schema's default for a model folder; `sampler` the run's or the folder's own. `model` is what an
     original file is, where it does not tell.
     """
-    run, step = parse_run(source)
-    paths = RunPaths(run)
+    paths, step = parse_run(source)
     is_run = paths.config.is_file()
     folder = out or (paths.samples / "drawn" if is_run else Path("samples"))
     own = from_saved(paths.config).sample if is_run else SampleConfig()

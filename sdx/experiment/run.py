@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 
 import jax
 
@@ -44,6 +43,7 @@ from sdx.record.paths import RunPaths
 from sdx.record.redact import redact
 from sdx.record.run import AlreadyFinished, Change, RunRecord, start
 from sdx.record.status import Status, read_status
+from sdx.record.store import StoreError
 from sdx.record.validation import (
     BEST,
     ValidationHistory,
@@ -89,7 +89,8 @@ class ExportFailed(RuntimeError):
 
 
 _FAULTS = (
-    FolderLost, ExportFailed, TooManyBadSteps, NoValidCheckpoint, CheckpointMismatch, DataError
+    FolderLost, ExportFailed, TooManyBadSteps, NoValidCheckpoint, CheckpointMismatch, DataError,
+    StoreError,
 )  # fmt: skip
 """Failures that explain themselves; any other leaves its traceback."""
 
@@ -180,23 +181,23 @@ def _check_parent(setup: Setup) -> None:
         return
     parent, step = parse_run(text)
     if step == BEST:
-        step = best_checkpoint(RunPaths(parent))
+        step = best_checkpoint(parent)
         if step is None:
             raise RefusedStart(
                 f"run.resume_from={text}: none of its checkpoints was measured (eval.every); use "
                 "RUN or RUN@STEP."
             )
-    there = sorted(int(p.name) for p in RunPaths(parent).checkpoints.glob("*") if p.name.isdigit())
+    there = sorted(int(p.name) for p in parent.checkpoints.glob("*") if p.name.isdigit())
     if not there or step not in (None, *there):
         found = f"it has the steps {', '.join(map(str, there))}" if there else "no checkpoint there"
         raise RefusedStart(f"run.resume_from={text}: {found}; use RUN, RUN@STEP or RUN@best.")
     _check_same_parts(setup.config, text, parent)
 
 
-def _check_same_parts(config: Config, text: str, parent: Path) -> None:
+def _check_same_parts(config: Config, text: str, parent: RunPaths) -> None:
     """Raises RefusedStart where the state of the run to fork has other parts than that of ours."""
     try:
-        saved = from_saved(RunPaths(parent).config)
+        saved = from_saved(parent.config)
     except ConfigError:  # no record, or one not readable today: restoring compares every array
         return
     pairs = {path: (value(saved, path), value(config, path)) for path in _STATE_PARTS}
@@ -207,8 +208,8 @@ def _check_same_parts(config: Config, text: str, parent: Path) -> None:
         )
         raise RefusedStart(
             f"run.resume_from={text}: its state has other parts: {faults}; leave that as it is "
-            f"there, or start from its weights alone: model.pretrained={parent / 'export'} for all "
-            f"of them, model.unet_checkpoint={parent} for the UNet."
+            f"there, or start from its weights alone: model.pretrained={parent.export} for all "
+            f"of them, model.unet_checkpoint={parent.root} for the UNet."
         )
 
 
@@ -255,9 +256,12 @@ class Attempt:
 
     def fail(self, reason: str) -> int:
         """Notes that the run failed and why; what it saved stays."""
-        self.say(f"failed: {reason}")
-        self._close_sinks(FAILED)
-        self.record.finish(Status.failed, reason=reason)
+        try:
+            self.say(f"failed: {reason}")
+            self._close_sinks(FAILED)
+            self.record.finish(Status.failed, reason=reason)
+        except StoreError as error:  # perhaps the very reason
+            print(f"sdx: not on record ({error})", file=sys.stderr)
         return FAILED
 
     def say(self, text: str) -> None:
@@ -390,11 +394,11 @@ class Attempt:
             raise NoValidCheckpoint(f"run.resume=must: {checkpointer.folder} holds no checkpoint.")
         if config.run.resume_from is not None:
             parent, step = parse_run(config.run.resume_from)
-            folder = RunPaths(parent).checkpoints
-            step = best_checkpoint(RunPaths(parent)) if step == BEST else step
-            found = restore_step(folder, step, program.abstract_state, say=self.say)
-            self.say(f"forked from {parent} at step {found[0]}")
-            self.record.update(parent=f"{parent}@{found[0]}")
+            step = best_checkpoint(parent) if step == BEST else step
+            abstract = program.abstract_state
+            found = restore_step(parent.checkpoints, step, abstract, say=self.say)
+            self.say(f"forked from {parent.root} at step {found[0]}")
+            self.record.update(parent=f"{parent.root}@{found[0]}")
             if config.checkpoint.every is not None:  # the fork needs its parent no longer
                 checkpointer.save(*found)
             return found[1]

@@ -62,18 +62,19 @@ def read_history(run: AnyPath) -> ValidationHistory:
     return ValidationHistory(fields["of"], losses)
 
 
-def best_checkpoint(paths: RunPaths) -> int | None:
+def best_checkpoint(paths: RunPaths[Any]) -> int | None:
     """The step of the checkpoint of lowest validation loss; None where none was measured."""
     there = [int(path.name) for path in paths.checkpoints.glob("*") if path.name.isdigit()]
     return next(iter(read_history(paths.run).best(there)), None)
 
 
-def parse_run(text: str) -> tuple[AnyPath, Step | None]:
-    """RUN, RUN@STEP or RUN@best: the folder, and which of its checkpoints."""
+def parse_run(text: str) -> tuple[RunPaths[Any], Step | None]:
+    """RUN, RUN@STEP or RUN@best: the run, and which of its checkpoints."""
     folder, at, step = text.rpartition("@")
-    if at and (step == BEST or step.isdigit()):
-        return as_path(folder), BEST if step == BEST else int(step)
-    return as_path(text), None
+    root: Any = as_path(folder if at and (step == BEST or step.isdigit()) else text)
+    if root == as_path(text):
+        return RunPaths(root), None
+    return RunPaths(root), BEST if step == BEST else int(step)
 
 
 def parse_step(text: str) -> Step:

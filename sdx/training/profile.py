@@ -71,6 +71,7 @@ class StepTracer:
         self._say(f"profile: {self._num_traced}{of_all} steps in {self._folder}")
 
     def _start(self) -> None:
-        is_local = isinstance(self._folder, Path)
-        self._written = self._folder if is_local else Path(tempfile.mkdtemp(prefix="sdx-profile-"))
-        jax.profiler.start_trace(self._written)
+        folder = self._folder
+        scratch = folder if isinstance(folder, Path) else Path(tempfile.mkdtemp(prefix="sdx-"))
+        jax.profiler.start_trace(scratch)
+        self._written = scratch

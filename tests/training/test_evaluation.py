@@ -116,7 +116,7 @@ def test_it_is_the_plain_loss_of_each_example_in_a_loop(reference: ValidationLos
         if index == BAD:
             continue
         example = Pictures()[index]
-        pixels = example.image[None, :, 2:-2].astype(np.float32) / 127.5 - 1
+        pixels = example.pixels[None, :, 2:-2].astype(np.float32) / 127.5 - 1
         tokens = jnp.asarray(Letters().encode(example.captions[:1]))
         moments = vae(still["vae"], jnp.asarray(pixels))
         latents = np.asarray(moments)[..., : moments.shape[-1] // 2] * program.rule.scaling_factor
