@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
-from sdx.config import check_data, resolve
+from sdx.config import check_cache, check_data, resolve
 from sdx.config.errors import Problem, any_of
 from sdx.config.leaves import Leaf, leaves, spelled, value
 from sdx.config.samplers import divides_by_zero, most_steps, refusal
@@ -130,6 +130,7 @@ def _is_traced(config: Config) -> bool:
 # Keys that do something only in company: the condition, and how to meet it.
 _NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     **check_data.NEEDS,
+    **check_cache.NEEDS,
     "sample.num_adherence_prompts": (check_data.is_shapes, "data=shapes"),
     "optimizer.b1": (_has_moment_decays, "optimizer=adamw or lion"),
     "optimizer.b2": (_has_moment_decays, "optimizer=adamw or lion"),
@@ -571,6 +572,7 @@ def _places(config: Config) -> Iterator[Problem]:
 
 _RULES: list[Callable[[Config], Iterator[Problem]]] = [
     check_data.data_problems,
+    check_cache.cache_problems,
     _length,
     _schedule,
     _diffusion,

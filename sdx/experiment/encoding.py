@@ -351,20 +351,23 @@ def _locked(folder: AnyPath) -> Iterator[None]:
 
 
 class _Progress:
-    """How far this process is."""
+    """How far this process is; the clock starts with the first example, when all is compiled."""
 
     def __init__(self, total: int, unit: str):
         self._line = ProgressLine(total)
         self._total = total
         self._unit = unit
-        self._start = time.monotonic()
+        self._start: float | None = None
 
     def show(self, done: int) -> None:
-        """Images done, their rate and the time left."""
-        rate = done / max(time.monotonic() - self._start, 1e-9)
-        text = f"{done}/{self._total} {self._unit}  {rate:.1f}/s"
-        left = format_seconds((self._total - done) / rate) if done else "unknown time"
-        self._line.write(f"{text}  {left} left", is_last=done == self._total)
+        """Examples done, their rate and the time left."""
+        if self._start is None:
+            self._start = time.monotonic()
+            return
+        rate = (done - 1) / max(time.monotonic() - self._start, 1e-9)
+        left = format_seconds((self._total - done) / rate)
+        text = f"{done}/{self._total} {self._unit}  {rate:.1f} {self._unit}/s  {left} left"
+        self._line.write(text, is_last=done == self._total)
 
     def close(self) -> None:
         self._line.close()
