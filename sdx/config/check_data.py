@@ -57,6 +57,7 @@ NEEDS: dict[str, Need] = {
     "data.max_bad_fraction": _kinds(*_STORED),
     "data.max_pixels": _kinds(*_FOLDERS),
     "data.interpolation": _kinds(*_STORED),
+    "data.buckets": _kinds(*_STORED),
     "data.num_examples": (is_shapes, "data=shapes"),
 }
 """Keys that do something with some sources only."""

@@ -116,13 +116,24 @@ def num_examples(config: Config) -> int | None:
     return min(examples, config.train.max_samples or examples)
 
 
-def max_steps(config: Config, num_examples: int, num_devices: int | None = None) -> int:
-    """Update attempts in all; `num_examples` is the source before `train.max_samples`."""
+def max_steps(
+    config: Config,
+    num_examples: int,
+    num_devices: int | None = None,
+    *,
+    steps_per_epoch: int | None = None,
+) -> int:
+    """Update attempts in all; `num_examples` is the source before `train.max_samples`.
+
+    `steps_per_epoch` is given where batches end with an epoch, as those of buckets do.
+    """
     train = config.train
     if train.max_steps is not None:
         return train.max_steps
     if train.epochs is None:
         raise ValueError("train.max_steps: missing; set it or train.epochs.")
+    if steps_per_epoch is not None:
+        return max(1, math.ceil(train.epochs * steps_per_epoch))
     examples = min(num_examples, train.max_samples or num_examples)
     return max(1, math.ceil(train.epochs * examples / global_batch_size(config, num_devices)))
 
