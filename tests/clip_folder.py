@@ -24,6 +24,7 @@ def make_clip(folder: Path, **text: Any) -> Any:
     common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     common |= {"num_attention_heads": 2}
     vocab = {"vocab_size": 584, "max_position_embeddings": 16, "eos_token_id": 583}
+    vocab |= {"bos_token_id": 582, "pad_token_id": 583}
     vision = {"image_size": IMAGE_SIZE, "patch_size": 8}
     config = CLIPConfig(
         text_config=common | vocab | text, vision_config=common | vision, projection_dim=12

@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 from sdx.record.store import ObjectPath
 
-Root = TypeVar("Root", Path, ObjectPath)
+Root = TypeVar("Root", Path, ObjectPath, Path | ObjectPath)
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class RunPaths(Generic[Root]):
     @property
     def metrics(self) -> Root:
         return self.root / "metrics.jsonl"
+
+    @property
+    def evaluation(self) -> Root:
+        """What `sdx.evaluate` found, a line each time."""
+        return self.root / "evaluation.jsonl"
 
     @property
     def tensorboard(self) -> Root:

@@ -89,9 +89,10 @@ def read_statistics(path: Path) -> Statistics:
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: np.asarray(file[name]) for name in file.files}
-    except (OSError, ValueError, BadZipFile) as error:
+    except (OSError, ValueError, EOFError, AttributeError, BadZipFile) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is none"
         raise StatisticsError(
-            f"{path}: cannot be read as .npz ({error}); give a file with {MEAN} and {COVARIANCE}, "
+            f"{path}: cannot be read as .npz ({reason}); give a file with {MEAN} and {COVARIANCE}, "
             "or a folder of pictures."
         ) from error
     shapes = {name: array.shape for name, array in found.items()}
