@@ -80,6 +80,12 @@ def rate_at_peak(case: Case) -> float | None:
     return found.max_images_per_s * found.flops_per_step / found.global_batch_size / 1e12
 
 
+def moments_held(case: Case) -> float:
+    """Numbers the optimizer keeps for each weight."""
+    held = estimate(case.config).device_bytes
+    return held.optimizer / held.weights
+
+
 EIGHT = ("mesh=dp", "hardware.num_devices=8", "train.global_batch_size=8")
 CHIPS = ("mesh=dp", "hardware.num_devices=4")
 BY_DEVICE = (*EIGHT, "mesh.ici.tensor=2", "train.global_batch_size=null")
@@ -148,6 +154,7 @@ EFFECTS = [
         None,
         approx(2.5),
     ),
+    Effect("optimizer.kind", "lion", moments_held, approx(2, rel=1e-3), approx(1, rel=1e-3)),
     Effect("train.global_batch_size", "6", batch_size, 4, 6),
     Effect(
         "train.per_device_batch_size",

@@ -20,17 +20,20 @@ import jax.numpy as jnp
 import pytest
 from pytest import approx
 
+from sdx.config.schema import Cache, Sink
 from sdx.experiment import exporting, setup
 from sdx.experiment import gallery as galleries
 from sdx.experiment.run import Attempt, run
 from sdx.experiment.setup import prepare, run_paths
 from sdx.record.metrics import read_metrics
 from sdx.record.paths import RunPaths
-from sdx.training import profile
+from sdx.training import profile, wandb_sink
 from sdx.training.checkpoint import Checkpointer
 from sdx.training.evaluation import Evaluator, ValidationLoss
 from sdx.training.metrics import ProgressLine, TooManyBadSteps
 from sdx.training.profile import StepTracer
+from sdx.training.sinks import Told, make_sinks
+from tests.effects.cached import CACHED, made
 from tests.effects.effect import Case, Effect
 from tests.effects.tracing import Observer
 
@@ -69,6 +72,7 @@ CHANGED = (
     "profiler.steps=2",
 )
 FORK = (
+    *CACHED,
     "run.name=fork",
     "run.resume_from={files}/runs/plain@6",
     "checkpoint.every=null",
@@ -102,6 +106,8 @@ def finished(case: Case) -> Finished:
     """The run of a case; the folder its name says must be free."""
     if case.config.run.resume_from is not None:
         finished(case.other(PLAIN))
+    if case.config.data.cache is not Cache.none:
+        made(case.other(CACHED))
     found = Finished(run_paths(case.config), "")
     save, judge, measure = Checkpointer.save, galleries.measure_adherence, Evaluator.__call__
 
@@ -248,6 +254,21 @@ def traced_steps(case: Case) -> list[int]:
     return found
 
 
+def wandb_run(case: Case) -> dict[str, Any]:
+    """Where W&B is told to put a run."""
+    told: dict[str, Any] = {}
+
+    def init(**options: Any) -> Any:
+        told.update(options)
+        return SimpleNamespace(url=None, step=0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wandb_sink.wandb, "init", init)
+        paths = RunPaths(case.folder / "wandb")
+        make_sinks([Sink.wandb], Told(paths, 1, wandb=case.config.metrics.wandb))
+    return {name: told[name] for name in ("project", "entity")}
+
+
 def num_traces(case: Case) -> int:
     """Files that TensorBoard's profile plugin reads."""
     return len(list(finished(case).paths.root.glob("profile/*/plugins/profile/*/*.xplane.pb")))
@@ -269,6 +290,7 @@ def forked(path: str, value: str, observe: Observer, before: Any, after: Any) ->
     return Effect(path, value, observe, before, after, given=PLAIN, along=FORK)
 
 
+WANDB = ("metrics.sinks=[wandb,jsonl]",)
 TRACED = ("profiler.enabled=true",)
 
 EFFECTS = [
@@ -306,6 +328,22 @@ EFFECTS = [
     changed("checkpoint.keep_best", older_kept, [], [2]),
     changed("metrics.every", steps_with("loss"), [1, 2, 3, 4, 5, 6, 7, 8], [4, 8]),
     changed("metrics.sinks", sinks, {"jsonl", "tensorboard"}, {"jsonl"}),
+    Effect(
+        "metrics.wandb.project",
+        "mine",
+        wandb_run,
+        {"project": "sdx", "entity": None},
+        {"project": "mine", "entity": None},
+        given=WANDB,
+    ),
+    Effect(
+        "metrics.wandb.entity",
+        "us",
+        wandb_run,
+        {"project": "sdx", "entity": None},
+        {"project": "sdx", "entity": "us"},
+        given=WANDB,
+    ),
     changed("hardware.peak_tflops", peak, None, approx(2.0, rel=1e-3)),
     changed("eval.every", steps_with("validation_loss"), [4, 8], [2, 4, 6, 8]),
     changed("eval.num_batches", num_measured, ":12]", ":8]"),  # batches of 4

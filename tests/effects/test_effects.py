@@ -9,12 +9,24 @@ import pytest
 from sdx.config.leaves import leaves
 from sdx.models.networks import make_networks
 from sdx.training import program as programs
-from tests.effects import architecture, noising, pictures, place, runs, updates, weights
+from tests.effects import (
+    architecture,
+    cached,
+    data,
+    noising,
+    pictures,
+    place,
+    runs,
+    updates,
+    weights,
+)
 from tests.effects.effect import Case, Effect
 from tests.effects.files import make_files
 
 TABLE: list[Effect] = [
     *architecture.EFFECTS,
+    *cached.EFFECTS,
+    *data.EFFECTS,
     *noising.EFFECTS,
     *pictures.EFFECTS,
     *place.EFFECTS,

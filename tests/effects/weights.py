@@ -127,6 +127,14 @@ EFFECTS = [
         given=("data.resolution=null", "model.resolution=16", "model.unet.sample_size=2"),
         along=("model.unet.sample_size=3",),
     ),
+    Effect(
+        "model.unet.sample_size",
+        "4",
+        lambda case: [problem.split(";")[0] for problem in case.problems],
+        [],
+        ["model.resolution=64: must be 8 x model.unet.sample_size=4"],
+        refused=True,
+    ),
     Effect("data.resolution", "24", side, (16, 16), (24, 24)),
     Effect(
         "schema_version",
