@@ -23,6 +23,7 @@ from sdx.config.schema import (
     OptimizerKind,
     PredictionType,
     SamplerKind,
+    Sink,
     TimestepBias,
 )
 from sdx.config.splits import Split, parse_split
@@ -111,6 +112,10 @@ def _biases_portion(config: Config) -> bool:
     return _is_biased(config) and not _biases_range(config)
 
 
+def _tells_wandb(config: Config) -> bool:
+    return Sink.wandb in config.metrics.sinks
+
+
 def _has_moment_decays(config: Config) -> bool:
     return config.optimizer.kind is not OptimizerKind.adafactor
 
@@ -132,6 +137,8 @@ _NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     **check_data.NEEDS,
     **check_cache.NEEDS,
     "sample.num_adherence_prompts": (check_data.is_shapes, "data=shapes"),
+    "metrics.wandb.project": (_tells_wandb, "metrics.sinks=[wandb]"),
+    "metrics.wandb.entity": (_tells_wandb, "metrics.sinks=[wandb]"),
     "optimizer.b1": (_has_moment_decays, "optimizer=adamw or lion"),
     "optimizer.b2": (_has_moment_decays, "optimizer=adamw or lion"),
     "optimizer.eps": (_is_adamw, "optimizer=adamw"),

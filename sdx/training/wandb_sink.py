@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def is_offline() -> bool:
 def login_fault() -> str | None:
     """What is wrong with the credentials where W&B looks for them; they are not tried."""
     try:
-        return None if wandb.login(prompt=False) else "W&B finds no login"
+        return None if wandb.login(prompt=False, verify=False) else "W&B finds no login"
     except wandb.Error as error:
         return said_by(error)
 
@@ -124,6 +125,7 @@ class WandbSink:
         except Exception as error:
             kept = "" if self._temporary else "; `wandb sync` sends what is kept in RUN/wandb"
             self._say(f"W&B does not answer ({said_by(error)}), this start tells it nothing{kept}")
+            _end_service()
             return None if self._temporary else wandb.init(**options, mode="offline")
         if run.url:
             self._say(f"W&B: {run.url}")
@@ -141,6 +143,7 @@ class WandbSink:
                 f"W&B is told nothing more ({said_by(error)}); `wandb sync` sends what is kept in "
                 "RUN/wandb"
             )
+            _end_service()
 
     def _note(self, step: int) -> None:
         """Keeps for the next start what has reached the disk for certain."""
@@ -165,6 +168,12 @@ class _Told:
         if step > self.step:
             self.step = step
             write_text(self._path, f"{step}\n")
+
+
+def _end_service() -> None:
+    """The client's own process, which otherwise keeps the run or complains at exit."""
+    with suppress(Exception, SystemExit):  # whatever went wrong there has been said
+        wandb.teardown()
 
 
 def _known(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -255,6 +255,10 @@ RULES = {
         "optimizer=adafactor optimizer.b2=0.95",
         "optimizer.b2=0.95: has no effect here; it needs optimizer=adamw or lion.",
     ),
+    "a project nobody is told": (
+        "metrics.wandb.project=birds",
+        "metrics.wandb.project=birds: has no effect here; it needs metrics.sinks=[wandb].",
+    ),
     "an epsilon that Lion has not": (
         "optimizer=lion optimizer.eps=1e-6",
         "optimizer.eps=1e-6: has no effect here; it needs optimizer=adamw.",
@@ -455,6 +459,7 @@ SOUND = [
     "train.text_encoder=true optimizer.text_encoder_lr=1e-6",
     "export.push_to_hub=true export.hub_model_id=me/it",
     "optimizer=lion optimizer.b1=0.95 optimizer.b2=0.98",
+    "metrics.sinks=[jsonl,wandb] metrics.wandb.entity=flock",
     "model.init=pretrained model.unet_checkpoint=unet",
     "diffusion.class_name=DDIMScheduler",
     "diffusion.prediction_type=epsilon diffusion.rescale_zero_terminal_snr=true"
