@@ -6,7 +6,7 @@ The runs here are of this process: the command itself and real kills are test_re
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from PIL import Image
 from sdx.config.compose import compose
 from sdx.data.source import DataError
 from sdx.data.sources import open_source
-from sdx.experiment.run import run
+from sdx.experiment.run import Attempt, run
 from sdx.experiment.setup import prepare
 from sdx.experiment.validating import continue_history, named_step, open_validation
 from sdx.parallel.mesh import make_mesh
@@ -30,7 +30,7 @@ from sdx.record.status import Status
 from sdx.record.validation import ValidationHistory, best_checkpoint, read_history
 from sdx.training.checkpoint import Checkpointer, NoValidCheckpoint, restore_params
 from sdx.training.evaluation import Evaluator, evaluation_data, make_evaluator
-from sdx.training.program import build
+from sdx.training.program import Program, build
 from sdx.training.sinks import JsonlSink
 from sdx.weights.load import LOADERS
 from tests.conftest import REPOSITORY
@@ -38,10 +38,13 @@ from tests.experiment.conftest import MICRO
 from tests.experiment.test_resume import arrays
 from tests.training.test_profile import steps_in
 
-STEPS = 12
+STEPS = 9
 RUN = [
     *MICRO,
     f"train.max_steps={STEPS}",
+    "model.unet.block_out_channels=[16]",
+    "model.unet.down_block_types=[CrossAttnDownBlock2D]",
+    "model.unet.attention_head_dim=[2]",
     "checkpoint.every=3",
     "checkpoint.keep=2",
     "sample.every=null",
@@ -78,6 +81,21 @@ def saved(path: Path) -> list[int]:
     return sorted(int(folder.name) for folder in (path / "checkpoints").iterdir())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_program() -> Iterator[None]:
+    """The runs here differ in what is measured and when they end: one program does for all."""
+    programs: list[Program] = []
+    compile_program = vars(Attempt)["_compile"]
+
+    def compiled(attempt: Attempt) -> Program:
+        programs[:] = programs or [compile_program(attempt)]
+        return programs[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Attempt, "_compile", compiled)
+        yield
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing happened to, traced on the way."""
@@ -102,15 +120,15 @@ def test_measuring_and_tracing_change_no_bit_of_training(measured: Path, tmp_pat
 
 def test_rows_and_record_say_the_same(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = validation(measured)
-    assert [row["step"] for row in found] == [3, 6, 9, 12]
+    assert [row["step"] for row in found] == [3, 6, 9]
     names = ["step", "validation_loss", *(f"validation_loss_{k}" for k in range(4))]
     assert all([*row] == names for row in found)
     losses = {str(row["step"]): row["validation_loss"] for row in found}
     kept = record(measured)
-    assert kept["losses"] == losses and kept["last"] == losses["12"] and kept["step"] == 12
+    assert kept["losses"] == losses and kept["last"] == losses["9"] and kept["step"] == 9
     assert kept["best"] == min(losses.values()) == losses[str(kept["best_step"])]
     log = (measured / "log.txt").read_text()
-    assert f"step 12: validation loss {losses['12']:.4f}" in log
+    assert f"step 9: validation loss {losses['9']:.4f}" in log
     assert (measured / "loss.png").is_file()
 
 
@@ -136,11 +154,11 @@ def test_the_average_is_measured(measured: Path) -> None:
     )
     said = {}
     for which in ("ema", "params"):
-        _, params = restore_params(RunPaths(measured).checkpoints, which, step=9, say=print)
+        _, params = restore_params(RunPaths(measured).checkpoints, which, step=6, say=print)
         loss = evaluator(program.init(**params).params)
         assert loss is not None
         said[which] = loss.loss
-    noted = record(measured)["losses"]["9"]
+    noted = record(measured)["losses"]["6"]
     assert said["ema"] == noted and abs(said["params"] - noted) > 1e-4
 
 
@@ -157,7 +175,7 @@ def test_interruptions_leave_one_row_a_step(
         return measure(self, params, should_stop)
 
     def failing(self: JsonlSink, step: int, values: Any) -> None:
-        if step == 10:
+        if step == 8:
             raise RuntimeError("the disk is full")
         write(self, step, values)
 
@@ -170,7 +188,7 @@ def test_interruptions_leave_one_row_a_step(
     with monkeypatch.context() as patch:
         patch.setattr(JsonlSink, "write", failing)
         assert start(tmp_path, *MEASURED)[0] == 1
-    assert record(path)["step"] == 9
+    assert record(path)["step"] == 6
     assert start(tmp_path, *MEASURED)[0] == 0
     assert validation(path) == validation(measured)
     assert training(path) == training(measured) and record(path) == record(measured)
