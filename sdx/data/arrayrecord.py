@@ -185,13 +185,11 @@ class _Readers:
 
         with self._lock:
             if number not in self._open:
-                try:
-                    reader = ArrayRecordReader(str(self._files[number]), _RANDOM_ACCESS)
-                except (RuntimeError, ValueError) as error:
+                reader = ArrayRecordReader(str(self._files[number]), _RANDOM_ACCESS)
+                if not reader.ok():  # it opens anything, and finds no records in it
                     raise DataError(
-                        f"{self._files[number]}: cannot be read as ArrayRecord"
-                        f" ({str(error).splitlines()[0]}); get it again."
-                    ) from error
+                        f"{self._files[number]}: no whole ArrayRecord file; get it again."
+                    )
                 self._open[number] = reader
             return self._open[number]
 

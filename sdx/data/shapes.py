@@ -16,7 +16,7 @@ from itertools import product
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from sdx.data.source import Example
+from sdx.data.source import DataError, Example
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 35, 35),
@@ -86,7 +86,7 @@ def parse_caption(caption: str) -> Attributes | None:
 def combinations(split: str) -> tuple[Attributes, ...]:
     """Every combination of attributes that `split` (train or validation) shows, in one order."""
     if split not in ("train", "validation"):
-        raise ValueError(f"data.split={split!r}: data=shapes has train and validation.")
+        raise DataError(f"data.split={split}: data=shapes has train and validation.")
     return tuple(c for c in _all_combinations() if c.is_held_out == (split == "validation"))
 
 

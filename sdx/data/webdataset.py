@@ -200,8 +200,6 @@ def _check_end(shard: Path, file: BinaryIO, end: int) -> None:
     file.seek(end)
     if (mark := file.read(tarfile.BLOCKSIZE)) == bytes(tarfile.BLOCKSIZE):
         return
-    if file.seek(0, os.SEEK_END) == end + tarfile.BLOCKSIZE and not any(mark):
-        return
     what = "is cut off" if len(mark) < tarfile.BLOCKSIZE else "is damaged"
     raise DataError(f"{shard}: {what} at byte {end}: no member and no end mark; get it again.")
 

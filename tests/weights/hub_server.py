@@ -24,7 +24,7 @@ SIGNATURE = "f00dfeed"
 
 @dataclass
 class Repository:
-    """Files of one model, the same at every revision it has."""
+    """Files of one model or dataset, the same at every revision it has."""
 
     files: dict[str, bytes]
     commit: str = COMMIT
@@ -37,7 +37,9 @@ class Repository:
 
 @dataclass
 class Hub:
-    """Repositories by id; `requests` notes (method, path), `failures` statuses to answer first."""
+    """Repositories by id, a dataset's as `datasets/OWNER/NAME`; `requests` notes (method, path),
+    `failures` statuses to answer first.
+    """
 
     repositories: dict[str, Repository]
     requests: list[tuple[str, str]] = field(default_factory=list)
@@ -61,7 +63,9 @@ class Hub:
 
     def fetched(self) -> set[str]:
         """Paths of files whose content was sent."""
-        sent = re.compile(r"/(?:[^/]+/[^/]+/resolve/[^/]+|signed/[^/]+/[^/]+)/(.+)")
+        sent = re.compile(
+            r"/(?:(?:datasets/)?[^/]+/[^/]+/resolve/[^/]+|signed/(?:datasets/)?[^/]+/[^/]+)/(.+)"
+        )
         paths = [path for method, path in self.requests if method == "GET"]
         return {match[1] for path in paths if (match := sent.fullmatch(path))}
 
@@ -102,17 +106,21 @@ class _Handler(BaseHTTPRequestHandler):
         for end, statuses in self.hub.failures.items():
             if self.command == "GET" and path.endswith(end) and statuses:
                 return self._refuse(statuses.pop(0))
-        if path.startswith("/api/models/"):
-            owner, name, kind, revision, *_ = [*path[len("/api/models/") :].split("/"), "", ""]
-            self._answer(f"{owner}/{name}", revision or "main", kind, "")
-        elif path.startswith("/signed/"):
-            owner, name, *rest = path[len("/signed/") :].split("/")
+        is_api, is_signed = path.startswith("/api/"), path.startswith("/signed/")
+        path = path.removeprefix("/api/models").removeprefix("/api").removeprefix("/signed")
+        of = "datasets/" if path.startswith("/datasets/") else ""
+        owner, name, *rest = path.removeprefix("/datasets")[1:].split("/")
+        repo_id = f"{of}{owner}/{name}"
+        if is_signed:
             signed = parse_qs(urlsplit(self.path).query).get("X-Amz-Signature") == [SIGNATURE]
-            content = self.hub.repositories[f"{owner}/{name}"].files["/".join(rest)]
+            content = self.hub.repositories[repo_id].files["/".join(rest)]
             self._send(content) if signed else self._refuse(403)
+        elif is_api:
+            kind, revision, *_ = [*rest, "", ""]
+            self._answer(repo_id, revision or "main", kind, "")
         else:
-            owner, name, kind, revision, *rest = path[1:].split("/")
-            self._answer(f"{owner}/{name}", revision, kind, "/".join(rest))
+            kind, revision, *rest = rest
+            self._answer(repo_id, revision, kind, "/".join(rest))
 
     def _answer(self, repo_id: str, revision: str, kind: str, path: str) -> None:
         repository = self.hub.repositories.get(repo_id)
