@@ -24,8 +24,8 @@ NEEDS = {
     ("data", "webdataset"): ["data.dir=shards"],
     ("data", "arrayrecord"): ["data.dir=records"],
     ("data", "plugin"): ["data.plugin=mine"],
-    ("experiment", "finetune_sd15"): ["data.dir=photos"],
     ("experiment", "finetune_sd21"): ["data.dir=photos"],
+    ("experiment", "mlperf_sd2"): ["data.dir=shards", "hardware=gpu_h100_8"],
     ("mesh", "dp"): ["hardware=gpu_h100_8"],
     ("mesh", "fsdp"): ["hardware=gpu_h100_8"],
 }

@@ -20,7 +20,10 @@ LARGE = ["gpu_24gb_1", "gpu_24gb_2", "gpu_h100_8", "tpu_v4_32", "tpu_v5e_8"]
 SENSIBLE = {
     "base": ([], HARDWARE),
     "shapes_epsilon": (["experiment=shapes_epsilon"], ["cpu", "gpu_24gb_1"]),
-    "finetune_sd15": (["experiment=finetune_sd15", "data.dir=photos"], LARGE),
+    "diffusers_pokemon": (["experiment=diffusers_pokemon"], LARGE),
+    "diffusers_pokemon_24gb": (["experiment=diffusers_pokemon_24gb"], ["gpu_24gb_1"]),
+    "maxdiffusion_sd21": (["experiment=maxdiffusion_sd21"], LARGE),
+    "mlperf_sd2": (["experiment=mlperf_sd2", "data.dir=shards"], ["gpu_h100_8", "gpu_h100_8x8"]),
     "finetune_sd21": (["experiment=finetune_sd21", "data.dir=photos"], LARGE),
 }
 
