@@ -1,5 +1,6 @@
 """The wheel is whole: built, put into an empty environment, it trains from another folder."""
 
+import json
 import os
 import subprocess
 import sys
@@ -81,3 +82,54 @@ def test_wheel_trains_from_another_folder(wheel_python: Path, tmp_path: Path) ->
     assert trained.returncode == 0, trained.stdout + trained.stderr
     (metrics,) = tmp_path.glob("outputs/*/metrics.jsonl")
     assert len(metrics.read_text().splitlines()) >= 1
+
+
+PLUGIN = """
+import numpy as np
+from sdx.data.source import Example
+
+class Stripes:
+    fingerprint = "stripes 1"
+
+    def __init__(self, options, split, resolution):
+        assert split == "train", split
+        self.side, self.length = resolution, options["length"]
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        image = np.zeros((self.side, self.side, 3), np.uint8)
+        image[index % 4 :: 4] = 255
+        return Example(image, (f"stripes from line {index % 4}",))
+
+def open_stripes(options, *, split, resolution):
+    return Stripes(options, split, resolution)
+"""
+
+
+@pytest.fixture(scope="module")
+def plugin_python(wheel_python: Path) -> Path:
+    """That Python with another package installed beside sdx, which has a source."""
+    (site,) = (wheel_python.parents[1] / "lib").glob("python*/site-packages")
+    (site / "stripes.py").write_text(PLUGIN)
+    info = site / "stripes-1.2.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stripes\nVersion: 1.2\n")
+    (info / "entry_points.txt").write_text("[sdx.plugins]\nstripes = stripes:open_stripes\n")
+    return wheel_python
+
+
+def test_a_plugin_beside_the_wheel_is_trained_on(plugin_python: Path, tmp_path: Path) -> None:
+    """Named by an option in the user's own ./conf, with a key changed on the command line."""
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    (tmp_path / "conf" / "data" / "stripes.yaml").write_text(
+        "# @package _global_\ndata:\n  kind: plugin\n  plugin: stripes\n  options: {length: 3}\n"
+    )
+    short = ["data=stripes", "data.options.length=12", "train.max_steps=1", "sample.every=null"]
+    trained = run(plugin_python, tmp_path, *short, "debug=fast")
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    (record,) = tmp_path.glob("outputs/*/run.json")
+    assert json.loads(record.read_text())["data_fingerprint"] == "stripes 1"
+    refused = run(plugin_python, tmp_path, "data=plugin", "data.plugin=strips", "debug=fast")
+    assert refused.returncode == 2 and "installed are stripes" in refused.stderr

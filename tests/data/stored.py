@@ -149,7 +149,7 @@ def as_shards(folder: Path, examples: list[Stored], split: str = "train") -> Dat
             texts = {"text": list(example.captions)} if len(example.captions) > 1 else {"id": 1}
             members[f"{key}.json"] = json.dumps(texts).encode()
             if "text" not in texts:
-                members[f"{key}.txt"] = example.captions[0].encode()
+                members[f"{key}.txt"] = "".join(example.captions).encode()
         write_tar(folder / f"{split}-{number}.tar", members)
     return DataConfig(kind=DataKind.webdataset, dir=str(folder))
 
