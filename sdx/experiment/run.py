@@ -19,6 +19,7 @@ from sdx.config.errors import ConfigError
 from sdx.config.identity import differences
 from sdx.config.leaves import flatten, plain, spelled, value
 from sdx.config.schema import Config, Init, OnResume, Platform, ResumePolicy
+from sdx.data.buckets import describe
 from sdx.data.loader import make_loader
 from sdx.data.source import BadImage, DataError
 from sdx.experiment.compilation_cache import heal_compilation_cache
@@ -270,8 +271,12 @@ class Attempt:
         self.log.write(text)
 
     def _compile(self) -> Program:
-        config = self.setup.config
-        program = build(config, self.setup.mesh, max_steps=self.setup.max_steps)
+        setup, config = self.setup, self.setup.config
+        shares = None
+        if setup.buckets is not None:
+            self.say(f"compiling {describe(setup.buckets)}")
+            shares = setup.buckets.shares(resolve.global_batch_size(config))
+        program = build(config, setup.mesh, max_steps=setup.max_steps, buckets=shares)
         with heal_compilation_cache(config.run.compilation_cache_dir):
             program = program.compile()
         if config.hardware.platform is Platform.cpu:
@@ -337,6 +342,7 @@ class Attempt:
                 global_batch_size=program.global_batch_size,
                 resolution=resolve.resolution(config),
                 start_step=first_step,
+                buckets=setup.buckets,
             )
             with loader:
                 outcome = train(

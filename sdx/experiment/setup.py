@@ -20,6 +20,7 @@ from sdx.config.schema import (
     OptimizerKind,
     WeightsDtype,
 )
+from sdx.data.buckets import Buckets, make_buckets
 from sdx.data.source import DataError, Source
 from sdx.data.sources import open_source
 from sdx.data.tokenizer import Tokenizer, load_tokenizer
@@ -71,6 +72,8 @@ class Setup:
     """What the UNet is read from; None where it starts from random."""
     max_steps: int
     paths: RunPaths
+    buckets: Buckets | None
+    """The shapes of training images where they are not squares."""
 
 
 def prepare(config: Config) -> Setup:
@@ -99,6 +102,7 @@ def prepare(config: Config) -> Setup:
     source = open_source(data, resolution=resolve.resolution(config))
     validation = open_validation(replace(config, data=_at_commit_of(source, data)), source)
     source = training_source(config, source, weights)
+    buckets = open_buckets(config, source)
     return Setup(
         config=config,
         mesh=mesh,
@@ -107,9 +111,22 @@ def prepare(config: Config) -> Setup:
         tokenizer=tokenizer,
         weights=weights,
         unet=unet,
-        max_steps=resolve.max_steps(config, len(source)),
+        max_steps=resolve.max_steps(
+            config,
+            len(source),
+            steps_per_epoch=buckets and sum(buckets.num_batches(resolve.global_batch_size(config))),
+        ),
         paths=run_paths(config),
+        buckets=buckets,
     )
+
+
+def open_buckets(config: Config, source: Source) -> Buckets | None:
+    """The buckets of `source`; None where `data.buckets` is off."""
+    if not config.data.buckets:
+        return None
+    multiple = resolve.vae_factor(config) * resolve.unet_factor(config)
+    return make_buckets(source, resolve.resolution(config), multiple)
 
 
 def _data_at_recorded_commit(config: Config) -> DataConfig:
