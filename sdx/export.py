@@ -3,8 +3,8 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from sdx.record.store import StoreError, parse_path
 from sdx.record.validation import parse_step
 
 FINISHED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"uploaded: {address}")
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was exported", INTERRUPTED)
+    except StoreError as error:
+        return _fail(error, FAILED if error.may_pass else REFUSED)
     except EXPORT_FAULTS as error:
         return _fail(error, REFUSED)
     except EXPORT_FAILURES as error:
@@ -54,7 +56,11 @@ def _parser() -> argparse.ArgumentParser:
         "source", metavar="RUN", help="run, model folder, original .safetensors file or Hub id"
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="new, or an earlier export of it"
+        "--out",
+        type=parse_path,
+        required=True,
+        metavar="FOLDER",
+        help="new, or an earlier export of it",
     )
     parser.add_argument(
         "--weights", choices=("ema", "raw"), help="averaged or raw (averaged where the run has it)"

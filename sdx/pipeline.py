@@ -38,6 +38,7 @@ from sdx.parallel.mesh import one_device_mesh
 from sdx.record.files import read_json
 from sdx.record.paths import RunPaths
 from sdx.record.provenance import weights_commit
+from sdx.record.store import AnyPath, ObjectPath, as_path
 from sdx.sampling.denoise import DenoiseRule, denoise, initial_latents, picture_keys
 from sdx.training.checkpoint import restore_params
 from sdx.weights.configs import check_model, read_model
@@ -196,14 +197,14 @@ class Pipeline:
             drawn.append(clean)
         return np.concatenate(drawn)[: len(prompts)].astype(np.float32)
 
-    def save(self, folder: str | Path, *, dtype: str = "float32") -> None:
+    def save(self, folder: str | AnyPath, *, dtype: str = "float32") -> None:
         """Writes diffusers' layout, for `StableDiffusionPipeline.from_pretrained(folder)`.
 
         `folder` must be missing, empty, or hold what was saved of the same model before; it is
         replaced once all is written. `dtype` is how the weights are stored: float32, float16 or
         bfloat16. Raises ExportError with the reason.
         """
-        with export_folder(Path(folder), {"of": self.model.name}) as draft:
+        with export_folder(as_path(folder), {"of": self.model.name}) as draft:
             self.write_files(draft, dtype=dtype)
 
     def write_files(self, folder: Path, *, dtype: str = "float32") -> None:
@@ -234,7 +235,7 @@ class Pipeline:
 
 
 def load(
-    source: str | Path,
+    source: str | AnyPath,
     revision: str | None = None,
     dtype: str = "float32",
     *,
@@ -252,7 +253,7 @@ def load(
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: use float32 or bfloat16.")
-    path = Path(source).expanduser()
+    path = as_path(source)
     if model is not None and path.suffix != ".safetensors":
         raise WeightsError(
             f"model={model}: only an original .safetensors file needs it, {source} says itself "
@@ -260,6 +261,8 @@ def load(
         )
     if (path / "config.yaml").is_file():
         return load_run(path, dtype=dtype, mesh=mesh)[1]
+    if isinstance(path, ObjectPath):
+        raise WeightsError(f"{source}: no sdx run; model folders and files are read locally.")
     if not path.exists() and not re.fullmatch(HUB_ID, str(source)):
         raise WeightsError(
             f"{source}: no sdx run, no folder in diffusers' layout, no original .safetensors file "
@@ -325,7 +328,7 @@ def make_pipeline(
 
 
 def load_run(
-    run: Path,
+    run: AnyPath,
     *,
     dtype: str = "float32",
     which: Literal["ema", "params"] | None = None,
@@ -361,7 +364,7 @@ def load_run(
     return found, _assemble(files, networks, trained, mesh, config.model, diffusion, sampler, side)
 
 
-def _recorded_commit(run: Path, model: ModelConfig) -> str | None:
+def _recorded_commit(run: AnyPath, model: ModelConfig) -> str | None:
     return weights_commit(read_json(RunPaths(run).run), model.pretrained)
 
 

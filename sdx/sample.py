@@ -3,10 +3,10 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from sdx.config.numbers import scale, seed, whole
 from sdx.config.schema import SamplerKind
+from sdx.record.store import parse_path
 
 FINISHED, REFUSED, INTERRUPTED = 0, 2, 75
 
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         "--sampler", choices=list(SamplerKind.__members__), help="how it draws (the run's own)"
     )
     parser.add_argument("--seed", type=seed, default=0, help="seed of the initial noise (0)")
-    parser.add_argument("--out", type=Path, help="folder (RUN/samples/drawn, or samples)")
+    parser.add_argument("--out", type=parse_path, help="folder (RUN/samples/drawn, or samples)")
     parser.add_argument("--model", help="what an original file is if it does not tell, e.g. sd21")
     return parser
 

@@ -11,6 +11,7 @@ from sdx.data.source import DataError
 from sdx.diffusion.plans import SamplerError
 from sdx.experiment.validating import named_step
 from sdx.pipeline import load, load_run
+from sdx.record.store import AnyPath, StoreError
 from sdx.record.validation import parse_run
 from sdx.training.checkpoint import CheckpointMismatch, NoValidCheckpoint
 from sdx.training.pictures import make_grid, save_png, to_uint8

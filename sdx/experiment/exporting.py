@@ -3,10 +3,8 @@
 `export` is what the command does; `export_at_end` and `complete_export` are a run's own.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from sdx.config import resolve
@@ -23,6 +21,7 @@ from sdx.pipeline import Pipeline, load, load_run
 from sdx.record.files import DamagedRecord, now, read_json, write_json, write_text
 from sdx.record.metrics import read_metrics
 from sdx.record.paths import RunPaths
+from sdx.record.store import AnyPath, as_path
 from sdx.record.validation import Step
 from sdx.training.checkpoint import CheckpointMismatch, NoValidCheckpoint
 from sdx.weights.errors import WeightsError
@@ -60,7 +59,7 @@ class _Model:
 
 def export(
     source: str,
-    folder: Path,
+    folder: AnyPath,
     *,
     weights: Weights | None = None,
     step: Step | None = None,
@@ -80,12 +79,12 @@ def export(
     """
     if verifies:
         check_can_verify(dtype)
-    paths = RunPaths(Path(source).expanduser())
+    paths = RunPaths(as_path(source))
     if paths.config.is_file() and named is None:
         check_replaceable(folder, _of(paths))  # before the minutes that loading can take
         model = _load_run(paths, weights, named_step(paths, step))
     elif weights is None and step is None:
-        name = Path(source).name
+        name = paths.root.name
         check_replaceable(folder, name)
         model = _Model(load(source, model=named), name, of=name, source=source, trained=None)
     else:
@@ -159,7 +158,7 @@ def _model_of_run(
 
 def _write(
     model: _Model,
-    folder: Path,
+    folder: AnyPath,
     *,
     dtype: str = "float32",
     hub_id: str | None = None,
@@ -173,7 +172,7 @@ def _write(
     with export_folder(folder, record) as draft:
         model.pipeline.write_files(draft, dtype=dtype)
         if trained is not None and trained.grid is not None:
-            shutil.copyfile(trained.grid, draft / GRID)
+            (draft / GRID).write_bytes(trained.grid.read_bytes())
         address = hub_id or folder.resolve().name
         card = model_card(model.name, address, model.source, dtype=dtype, trained=trained)
         write_text(draft / "README.md", card)

@@ -15,6 +15,7 @@ from sdx.config import resolve
 from sdx.config.check import has_effect
 from sdx.config.leaves import leaves, plain, spelled, value
 from sdx.config.schema import HUB_ID, Config, Init
+from sdx.record.store import AnyPath
 
 GRID = "samples.png"
 EXAMPLE_PROMPT = "a photograph of a lighthouse at dusk"
@@ -43,7 +44,7 @@ class Trained:
     """metrics.jsonl up to the step."""
     step: int
     is_average: bool
-    grid: Path | None
+    grid: AnyPath | None
     """Pictures drawn with these weights."""
     adherence: Mapping[str, float] | None = None
 

@@ -7,10 +7,10 @@ configuration, and struck out of every message.
 import re
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from sdx.config.schema import HUB_ID
 from sdx.record.redact import MASK, redact
+from sdx.record.store import AnyPath, local_copy
 from sdx.weights.export import ExportError
 
 WAITS_S = (2.0, 8.0, 30.0, 60.0)  # between tries
@@ -35,7 +35,7 @@ def check_can_publish(hub_id: str) -> None:
         )
 
 
-def publish(folder: Path, hub_id: str, *, title: str, say: Callable[[str], None]) -> str:
+def publish(folder: AnyPath, hub_id: str, *, title: str, say: Callable[[str], None]) -> str:
     """Uploads all files of `folder` as one commit called `title`; returns the commit's address.
 
     The repository is made if need be. What may pass (time-outs, 429, 5xx) is tried again, with a
@@ -47,7 +47,8 @@ def publish(folder: Path, hub_id: str, *, title: str, say: Callable[[str], None]
 
     def upload() -> str:
         api.create_repo(hub_id, exist_ok=True)
-        commit = api.upload_folder(repo_id=hub_id, folder_path=folder, commit_message=title)
+        with local_copy(folder) as files:
+            commit = api.upload_folder(repo_id=hub_id, folder_path=files, commit_message=title)
         return commit.commit_url
 
     for wait in (*WAITS_S, None):

@@ -457,7 +457,7 @@ class Attempt:
             first_step,
             wandb=config.metrics.wandb,
             config=json.loads(redact(json.dumps(plain(asdict(config))))),
-            tags=config.run.tags,
+            tags=[redact(tag) for tag in config.run.tags],
             say=self.say,
         )
         return make_sinks(config.metrics.sinks, told)

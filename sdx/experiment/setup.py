@@ -5,8 +5,8 @@ Whatever is wrong here refuses the start (exit code 2): devices, data, the model
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 
 from sdx.config import resolve
@@ -35,6 +35,7 @@ from sdx.record.files import DamagedRecord, read_json
 from sdx.record.lock import RefusedStart
 from sdx.record.paths import RunPaths
 from sdx.record.provenance import data_commit, weights_commit
+from sdx.record.store import ObjectPath, StoreError, as_path
 from sdx.training.program import BatchError, check_batch
 from sdx.training.sinks import SinkError, check_sinks
 from sdx.weights.configs import check_model
@@ -47,7 +48,7 @@ from sdx.weights.scheduler import schedule_differences
 
 REFUSALS = (
     MeshError, DataError, WeightsError, ExportError, BatchError, SinkError, RefusedStart,
-    DamagedRecord,
+    DamagedRecord, StoreError,
 )  # fmt: skip
 
 FROZEN = ("vae", "text_encoder")  # what is read of a model whose UNet comes from elsewhere
@@ -78,9 +79,16 @@ class Setup:
 
 def prepare(config: Config) -> Setup:
     """Looks at devices, data and weights; raises one of `REFUSALS` with what is wrong."""
+    root = run_paths(config).root
+    root.exists()  # first of all, whether a store can be reached
     use_compilation_cache(config.run.compilation_cache_dir)
     claim_devices(config.hardware)
     mesh = make_mesh(config.mesh, config.hardware)
+    if isinstance(root, ObjectPath) and jax.process_count() > 1:
+        raise RefusedStart(
+            f"{root}: only runs of one process can be saved to a store, this one has "
+            f"{jax.process_count()}; use a run.output_dir that all hosts have mounted."
+        )
     config = resolve.with_global_batch(config, mesh.size)
     check_batch(config, mesh, resolve.global_batch_size(config))
     check_sinks(config.metrics.sinks, keeps_files="://" not in config.run.output_dir)
@@ -220,7 +228,7 @@ def bold_rate(config: Config) -> str | None:
 
 def run_paths(config: Config) -> RunPaths:
     """Where the run lies; RefusedStart for a path that its checkpoints could not be read from."""
-    paths = RunPaths(Path(config.run.output_dir).expanduser() / run_folder_name(config))
+    paths = RunPaths(as_path(config.run.output_dir) / run_folder_name(config))
     if unsafe := sorted(_UNREADABLE & set(str(paths.root.absolute()))):
         raise RefusedStart(
             f"{paths.root.absolute()}: holds {' and '.join(unsafe)}, checkpoints could not be read "

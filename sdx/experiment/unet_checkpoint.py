@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from sdx.config.leaves import plain
 from sdx.config.schema import Config, ModelConfig
 from sdx.models.module import flat
 from sdx.record.paths import RunPaths
+from sdx.record.store import AnyPath, ObjectPath, as_path
 from sdx.training.checkpoint import restore_params
 from sdx.weights.errors import WeightsError
 from sdx.weights.model_files import NetworkFiles
@@ -27,7 +27,7 @@ from sdx.weights.unet_alone import open_unet
 class ParameterTensors:
     """Parameters of a run under their names in torch, in its layout."""
 
-    path: Path
+    path: AnyPath
     arrays: dict[str, np.ndarray]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -79,8 +79,12 @@ class RunUNet:
 
 def open_unet_checkpoint(source: str, model: ModelConfig) -> NetworkFiles:
     """The UNet that `model.unet_checkpoint` names; WeightsError where there is none."""
-    paths = RunPaths(Path(source).expanduser())
+    paths = RunPaths(as_path(source))
     if not paths.config.is_file():
+        if isinstance(paths.root, ObjectPath):
+            raise WeightsError(
+                f"model.unet_checkpoint={source}: no run of sdx; files are read from a local path."
+            )
         return open_unet(source, model)
     if not any(path.name.isdigit() for path in paths.checkpoints.glob("*")):
         raise WeightsError(

@@ -9,6 +9,7 @@ environment (AWS_ENDPOINT_URL, AWS_PROFILE, …), never of a configuration.
 import os
 import shutil
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -195,6 +196,14 @@ def as_path(text: str | AnyPath) -> AnyPath:
     if problem := url_problem(str(text)):
         raise StoreError(f"{text}: {problem}.")
     return ObjectPath(scheme, "/".join(part for part in rest.split("/") if part))
+
+
+def parse_path(text: str) -> AnyPath:
+    """`as_path` of what stands on a command line."""
+    try:
+        return as_path(text)
+    except StoreError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 def url_problem(text: str) -> str | None:

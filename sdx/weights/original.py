@@ -20,6 +20,7 @@ from safetensors import safe_open
 from sdx.config.compose import compose
 from sdx.config.leaves import plain
 from sdx.config.schema import ModelConfig
+from sdx.record.store import AnyPath
 from sdx.weights.errors import WeightsError
 from sdx.weights.original_names import IGNORED, OPEN_CLIP, PREFIXES, Place, component_of, places
 from sdx.weights.original_training import METADATA_KEY, read_training
@@ -65,7 +66,7 @@ class OriginalTensors:
     places: dict[str, Place]
 
     @property
-    def path(self) -> Path:
+    def path(self) -> AnyPath:
         """The file."""
         return self.tensors.path
 

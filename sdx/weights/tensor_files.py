@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from sdx.record.store import AnyPath
 from sdx.weights.errors import WeightsError
 from sdx.weights.torch_files import TorchFile
 
@@ -33,7 +34,7 @@ class Tensors(Protocol):
     """Named tensors in torch's layout."""
 
     @property
-    def path(self) -> Path:
+    def path(self) -> AnyPath:
         """The file, for messages."""
         ...
 
