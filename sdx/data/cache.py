@@ -34,6 +34,7 @@ FORMAT = 1
 MOMENTS, CONTEXT = "moments", "context"
 MAX_SHARDS = 1024  # files that a reader keeps open, and that a folder lists
 MAX_SHARD_EXAMPLES = 512  # as long as that gives no more than MAX_SHARDS: 34 MB at 512 pixels
+_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
 _MIN_SHARDS = 64  # so that few examples too are work for several processes
 
 Part = str | int | bool | None
@@ -148,6 +149,12 @@ def read_shard(folder: AnyPath, number: int) -> Shard | None:
 def records_name(number: int) -> str:
     """The file of a shard's records."""
     return f"{number:05d}.arrayrecord"
+
+
+def size_text(num_bytes: int) -> str:
+    """`66.2 KB`, `13.4 GB`."""
+    unit, name = next(unit for unit in _UNITS if num_bytes >= unit[0] or unit is _UNITS[-1])
+    return f"{num_bytes / unit:.3g} {name}"
 
 
 def find_cache(cache_dir: AnyPath, key: CacheKey) -> AnyPath:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sdx.config.schema import DataConfig
-from sdx.data.cache import read_index, records_name
+from sdx.data.cache import read_index, records_name, size_text
 from sdx.data.source import DataError
 from sdx.record.files import write_text
 from sdx.record.store import AnyPath, patiently
@@ -22,13 +22,11 @@ STAGED = Path(str(DataConfig.cache_dir)).expanduser()
 _CHUNK_BYTES = 64 << 20
 
 
-def local_cache(
-    folder: AnyPath, *, into: Path = STAGED, say: Callable[[str], None] = print
-) -> Path:
+def local_cache(folder: AnyPath, *, say: Callable[[str], None] = print) -> Path:
     """The folder itself, or a copy of it on this machine; DataError where that cannot be made."""
     if isinstance(folder, Path):
         return folder
-    copy = into / folder.name
+    copy = STAGED / folder.name
     copy.mkdir(parents=True, exist_ok=True)
     with open(copy / ".copying", "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)  # the kernel drops it with the process
@@ -50,11 +48,11 @@ def _copy(folder: AnyPath, copy: Path, say: Callable[[str], None]) -> None:
     num_bytes = sum(shard.num_bytes for shard in missing.values())
     if (free := shutil.disk_usage(copy).free) < num_bytes:
         raise DataError(
-            f"{folder}: its {num_bytes / 1e9:.1f} GB are copied to {copy} to be read, where"
-            f" {free / 1e9:.1f} GB are free; make room, or encode into a local folder"
+            f"{folder}: its {size_text(num_bytes)} are copied to {copy} to be read, where"
+            f" {size_text(free)} are free; make room, or encode into a local folder"
             " (data.cache_dir)."
         )
-    say(f"copying {len(missing)} files, {num_bytes / 1e9:.2f} GB, from {folder} to {copy}")
+    say(f"copying {len(missing)} files, {size_text(num_bytes)}, from {folder} to {copy}")
     for number, shard in missing.items():
         _fetch(folder / records_name(number), copy / records_name(number), shard.sha256)
     for name in ("meta.json", "index.json"):  # the index last: it says that all is there

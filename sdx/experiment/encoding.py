@@ -19,7 +19,16 @@ from jax.sharding import Mesh
 from sdx.config import resolve
 from sdx.config.errors import ConfigError
 from sdx.config.schema import Cache, Config, Init
-from sdx.data.cache import FORMAT, CacheIndex, CacheKey, Layout, Shard, read_index, read_shard
+from sdx.data.cache import (
+    FORMAT,
+    CacheIndex,
+    CacheKey,
+    Layout,
+    Shard,
+    read_index,
+    read_shard,
+    size_text,
+)
 from sdx.data.cached import CachedMoments, Records
 from sdx.data.loader import check_bad_images
 from sdx.data.shards import sound_shards
@@ -46,7 +55,7 @@ FINISHED, FAILED, REFUSED = 0, 1, 2
 
 _PIXELS_AT_ONCE = 2**21  # on a device: 8 images of 512 pixels, whose activations take about 1 GB
 _MAX_AT_ONCE = 64  # images or captions on a device
-_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
+_FIRST_RATE_S = 2.0  # the rate of less time is none
 _LOOK_EVERY_S = 2.0  # for what other processes have finished
 
 
@@ -278,21 +287,16 @@ def _announce(job: Job, target: Target, num_todo: int) -> None:
     views = f", {target.num_views} views of each" if target.num_views > 1 else ""
     print(
         f"encoding {num_todo} of {target.num_examples} images{views}, about"
-        f" {_size(num_todo * per_example)} ({_size(per_example)} each) -> {target.folder}",
+        f" {size_text(num_todo * per_example)} ({size_text(per_example)} each) -> {target.folder}",
         flush=True,
     )
     if isinstance(target.folder, Path):
         free = shutil.disk_usage(target.folder).free
         if free < num_todo * per_example:
             raise DataError(
-                f"data.cache_dir: {_size(free)} are free in {target.folder.parent}; make"
+                f"data.cache_dir: {size_text(free)} are free in {target.folder.parent}; make"
                 " room, or give another folder."
             )
-
-
-def _size(num_bytes: float) -> str:
-    unit, name = next(unit for unit in _UNITS if num_bytes >= unit[0] or unit[0] == 1e3)
-    return f"{num_bytes / unit:.3g} {name}"
 
 
 def _images_at_once(config: Config) -> int:
@@ -363,8 +367,10 @@ class _Progress:
         """Examples done, their rate and the time left."""
         if self._start is None:
             self._start = time.monotonic()
+        took = time.monotonic() - self._start
+        if took < _FIRST_RATE_S and done < self._total:
             return
-        rate = (done - 1) / max(time.monotonic() - self._start, 1e-9)
+        rate = max(done - 1, 1) / max(took, 1e-9)
         left = format_seconds((self._total - done) / rate)
         text = f"{done}/{self._total} {self._unit}  {rate:.1f} {self._unit}/s  {left} left"
         self._line.write(text, is_last=done == self._total)

@@ -231,8 +231,9 @@ def write_context(
                 shard.discard()
                 raise
             finisher.finish(shard, {})
-            done += len(layout.examples(number)) if number < layout.num_shards else 0
-            progress(done)
+            if number < layout.num_shards:
+                done += len(layout.examples(number))
+                progress(done)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from sdx.config.compose import compose
 from sdx.config.schema import Cache, Config
+from sdx.data import staging
 from sdx.data.cache import read_index, records_name
 from sdx.data.cached import CachedSource
 from sdx.data.checked import CheckedSource
@@ -28,6 +29,7 @@ from sdx.experiment.encoder import image_encoder, local_mesh, token_encoder
 from sdx.experiment.encoding import encode, prepare
 from sdx.parallel.mesh import make_mesh
 from sdx.record.lock import RunLock
+from sdx.record.store import as_path
 
 NUM_IMAGES = 10
 BAD = 6  # found out only when it is encoded
@@ -66,7 +68,7 @@ def one_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
     lose_one(monkeypatch)
 
 
-def overrides_of(photos: Path, caches: Path) -> list[str]:
+def overrides_of(photos: Path, caches: Path | str) -> list[str]:
     return [
         "data=imagefolder",
         f"data.dir={photos}",
@@ -82,7 +84,7 @@ def overrides_of(photos: Path, caches: Path) -> list[str]:
     ]
 
 
-def configured(photos: Path, caches: Path, *overrides: str) -> Config:
+def configured(photos: Path, caches: Path | str, *overrides: str) -> Config:
     """Moments and text states."""
     kind = "data.cache=moments_and_context"
     return compose([*overrides_of(photos, caches), kind, *overrides])
@@ -314,3 +316,37 @@ def test_a_stale_cache_is_named_with_what_differs(photos: Path, caches: Path) ->
     }.items():
         with pytest.raises(DataError, match=f"differs in {difference}; run python -m sdx.encode"):
             batches(configured(photos, caches, override), 1)
+
+
+def test_a_cache_in_a_store_is_copied_to_be_read(
+    photos: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoded into s3://, gone on with, copied once, and compared with its digests on the way."""
+    reference, copies = tmp_path / "reference", tmp_path / "copies"
+    monkeypatch.setattr(staging, "STAGED", copies)
+    config = configured(photos, f"{bucket}/caches")
+    assert encode(moments_alone(photos, reference), []) == 0
+    assert encode(config, []) == 0
+    place = as_path(f"{bucket}/caches")
+    folder = next(place.glob("moments-*"))
+    (folder / "index.json").unlink()
+    (folder / "00002.json").unlink()
+    assert encode(config, []) == 0  # what is missing is made, the rest kept
+    stored = {f.name: f.read_bytes() for f in folder.iterdir() if f.suffix == ".arrayrecord"}
+    assert stored == contents(reference)
+    shutil.rmtree(copies)
+    [batch] = batches(config, 1)
+    assert batch.moments is not None and batch.context is not None
+    copied = {path: path.stat().st_mtime_ns for path in copies.glob("*/*.arrayrecord")}
+    assert len(copied) == len(stored) + NUM_IMAGES + 1
+    batches(config, 1)
+    assert copied == {path: path.stat().st_mtime_ns for path in copied}
+
+    [file] = copies.glob("moments-*/00003.arrayrecord")
+    file.unlink()
+    content = bytearray((folder / file.name).read_bytes())
+    content[100] ^= 1
+    (folder / file.name).write_bytes(bytes(content))
+    with pytest.raises(DataError, match=r"s3://.*00003\.arrayrecord: damaged, its digest"):
+        batches(config, 1)
+    assert not file.exists() and not [*copies.glob("*/.*.tmp")]
