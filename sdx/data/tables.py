@@ -83,7 +83,7 @@ class TableRecords:
     def _read(self, path: Path) -> bytes:
         root = self._image_root
         if root is None or not (path := root / path).resolve().is_relative_to(root):
-            raise BadImageError("missing", f"{self._columns.image} names a file elsewhere: {path}")
+            raise BadImageError("missing", f"no bytes, only the path of a file elsewhere: {path}")
         try:
             return path.read_bytes()
         except OSError as error:
