@@ -191,6 +191,8 @@ def test_neither_do_hosts_nor_the_order_of_their_rows(
             joined = {
                 name: np.concatenate([getattr(one, name), getattr(two, name)]) for name in rows
             }
+            first = [f"caption {i}" if i != BAD else "" for i in joined["indices"]]
+            np.testing.assert_array_equal(joined["tokens"], Letters().encode(first))
             return replace(one, **joined)
 
         def close(self) -> None:
