@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -350,3 +351,45 @@ def test_a_cache_in_a_store_is_copied_to_be_read(
     with pytest.raises(DataError, match=r"s3://.*00003\.arrayrecord: damaged, its digest"):
         batches(config, 1)
     assert not file.exists() and not [*copies.glob("*/.*.tmp")]
+
+
+ONE_OF_TWO = """
+import sys, jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 1)
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+assert jax.device_count() == 2 and jax.local_device_count() == 1
+from sdx import encode
+sys.exit(encode.main(sys.argv[3:]))
+"""
+
+
+def test_two_processes_share_the_work(photos: Path, tmp_path: Path) -> None:
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    assert encode(configured(photos, alone), []) == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    kind = "data.cache=moments_and_context"
+    overrides = [*overrides_of(photos, together), kind, "hardware.num_devices=2", "mesh=dp"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ONE_OF_TWO, port, str(rank), *overrides],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "".join(said)
+    assert "5 of 10 images" in said[0] and "5 of 10 images" in said[1]
+    for name in ("moments", "context"):
+        [ours], [theirs] = together.glob(f"{name}-*"), alone.glob(f"{name}-*")
+        assert ours.name == theirs.name  # the same key, and the same sizes of all files
+        sizes = [
+            [(shard.records, shard.num_bytes) for shard in index.shards]
+            for index in (read_index(ours), read_index(theirs))
+            if index is not None
+        ]
+        assert sizes[0] == sizes[1]
