@@ -193,7 +193,9 @@ def measure_run(steps: int) -> list[bool]:
     """The default run: how long it waits for data, and how fast its loader is by itself."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "sdx.train", *DEFAULT_RUN, f"train.max_steps={steps}"]
-        subprocess.run([*command, f"run.output_dir={folder}"], check=True, capture_output=True)
+        subprocess.run(
+            [*command, f"run.output_dir={folder}"], check=True, stdout=subprocess.DEVNULL
+        )
         (file,) = Path(folder).glob("*/metrics.jsonl")
         rows = [json.loads(line) for line in file.read_text().splitlines()][5:]
     step_s = statistics.median(row["step_s"] for row in rows)

@@ -174,6 +174,23 @@ def test_hosts_hold_the_parts_of_one_batch(process_count: int):
 
 
 @pytest.mark.fast
+def test_a_run_goes_on_with_another_number_of_hosts():
+    """Stopped in mid-epoch and gone on with 4, then 2 hosts: no example twice, none left out."""
+    seen = [list(zip(b.epochs, b.indices, strict=True)) for b in take(3, data=LIVELY)]
+    for start, num_hosts in ((3, 4), (5, 2)):
+        parts = [
+            take(2, data=LIVELY, start=start, process_index=i, process_count=num_hosts)
+            for i in range(num_hosts)
+        ]
+        for step in range(2):
+            rows = [part[step] for part in parts]
+            seen.append([place for b in rows for place in zip(b.epochs, b.indices, strict=True)])
+    places = [(int(epoch), int(index)) for step in seen for epoch, index in step]
+    assert sorted(places[:20]) == [(epoch, index) for epoch in range(2) for index in range(10)]
+    assert len(set(places)) == len(places) == 28
+
+
+@pytest.mark.fast
 def test_hosts_that_do_not_divide_the_batch_are_refused():
     with pytest.raises(DataError, match=r"global_batch_size=4: .* 3 hosts; use 3\."):
         loader(process_count=3)

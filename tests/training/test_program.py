@@ -50,11 +50,11 @@ def run(program: Program, num_steps: int = 2) -> tuple[TrainState, list[dict[str
     return state, history
 
 
-def pictures() -> HostBatch:
+def pictures(height: int = RESOLUTION, width: int = RESOLUTION) -> HostBatch:
     rng = np.random.default_rng(0)
     return HostBatch(
         step=0,
-        images=rng.integers(0, 256, (BATCH, RESOLUTION, RESOLUTION, 3), dtype=np.uint8),
+        images=rng.integers(0, 256, (BATCH, height, width, 3), dtype=np.uint8),
         tokens=rng.integers(0, 64, (BATCH, NUM_TOKENS), dtype=np.int32),
         weights=np.ones(BATCH, np.float32),
         indices=np.arange(BATCH),
@@ -324,3 +324,28 @@ def test_python_takes_little_of_a_step() -> None:
         state, _ = compiled(state, *inputs)
         times.append(time.thread_time() - start)
     assert min(times) < 0.010, f"{1e3 * min(times):.1f} ms"
+
+
+def test_each_bucket_has_its_program_and_a_step_its_mean_operations() -> None:
+    """Both shapes train one state, as the program compiled when it is called does."""
+    shares = {(8, 16): 0.25, (RESOLUTION, RESOLUTION): 0.75}
+    config, mesh = micro_config(global_batch_size=BATCH), micro_mesh()
+    program = build(config, mesh, max_steps=10, buckets=shares)
+    wide = build(config, mesh, max_steps=10, buckets={(8, 16): 1.0}).flops_per_step
+    square = make(config).flops_per_step
+    assert program.flops_per_step == pytest.approx(0.25 * wide + 0.75 * square)
+    assert 0.3 * square < wide < 0.6 * square
+    shapes = [
+        batch.images.shape[1:3] for batch in program.abstract_batches if batch.images is not None
+    ]
+    assert shapes == [*shares]
+    losses = []
+    for each in (program.compile(), program):
+        state = each.init(**random_networks(each, each.abstract_state.params))
+        for size in [*shares, *shares]:
+            batch = each.place_batch(pictures(*size))
+            moments, context = each.encode(frozen(each), batch)
+            state, metrics = each.step(state, moments, context, batch.weights)
+            losses.append(float(metrics["loss"]))
+        assert int(state.step) == 4
+    assert losses[:4] == losses[4:] and len(set(losses)) == 4
