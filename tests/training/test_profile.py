@@ -14,6 +14,7 @@ from xprof.convert import raw_to_tool_data
 from xprof.profile_plugin import ProfilePlugin
 
 from sdx.config.schema import ProfilerConfig
+from sdx.record.store import AnyPath, as_path, local_copy
 from sdx.training.profile import STEP, StepTracer
 
 
@@ -43,7 +44,7 @@ def steps_in(trace: str) -> list[int]:
     return sorted(int(dict(event.stats)["step_num"]) for event in events)
 
 
-def tracer_of(folder: Path, said: list[str], skip: int = 2, steps: int = 3) -> StepTracer:
+def tracer_of(folder: AnyPath, said: list[str], skip: int = 2, steps: int = 3) -> StepTracer:
     return StepTracer(
         ProfilerConfig(enabled=True, skip_steps=skip, steps=steps), folder, said.append
     )
@@ -99,6 +100,15 @@ def test_too_few_steps_are_said_and_leave_no_trace_open(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
     train(tracer_of(tmp_path / "next", said, skip=1, steps=1), 1, 2)  # only one can be open
     assert steps_in(*traces(tmp_path / "next")) == [2]
+
+
+def test_a_trace_goes_to_the_store_that_the_run_lies_in(bucket: str) -> None:
+    said: list[str] = []
+    place = as_path(f"{bucket}/run/profile/1")
+    train(tracer_of(place, said), 1, 5)
+    assert said == [f"profile: 3 steps in {place}"]
+    with local_copy(place) as here:
+        assert steps_in(*traces(here)) == [3, 4, 5]
 
 
 @pytest.mark.fast
