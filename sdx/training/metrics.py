@@ -6,6 +6,7 @@ resumed); rates are means since the row before.
 """
 
 import math
+import os
 import resource
 import sys
 import time
@@ -154,24 +155,35 @@ class ProgressLine:
             return
         self._shown_at = self._clock()
         if self._is_terminal:
-            self._out.write(f"\r{text:<{self._width}}")
+            self._print(f"\r{text:<{self._width}}", end="")
             self._width = len(text)
-            self._out.flush()
         else:
-            print(text, file=self._out, flush=True)
+            self._print(text)
 
     def say(self, text: str) -> None:
         """A line of its own, that the progress line does not overwrite."""
         if self._is_terminal and self._width:
-            self._out.write(f"\r{' ' * self._width}\r")
+            self._print(f"\r{' ' * self._width}\r", end="")
             self._width = 0
-        print(text, file=self._out, flush=True)
+        self._print(text)
 
     def close(self) -> None:
         """Leaves the last progress line standing."""
         if self._is_terminal and self._width:
-            print(file=self._out, flush=True)
+            self._print("")
             self._width = 0
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        try:
+            print(text, end=end, file=self._out, flush=True)
+        except BrokenPipeError:
+            if self._out is not sys.stdout:
+                raise
+            # `| head` has seen enough: no reason to end a run, whose log goes on. What else prints,
+            # and Python when it ends, must not fail either.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
 
 def format_seconds(seconds: float) -> str:

@@ -21,14 +21,19 @@ def export_folder(folder: AnyPath, record: Mapping[str, Any]) -> Iterator[Path]:
     """A new folder that takes the place of `folder` once all is written.
 
     `record` becomes `sdx.json` in it; its key `of` says what was exported. Raises ExportError where
-    `check_replaceable` does.
+    `check_replaceable` does; an OSError names a path.
     """
     folder = folder.expanduser().resolve()  # a link stays, what it points to is replaced
     check_replaceable(folder, record["of"])
     is_object = isinstance(folder, ObjectPath)
-    with _replace_objects(folder) if is_object else replace_folder(folder) as draft:
-        yield draft
-        write_json(draft / RECORD, {**record, "files": sorted(_files(draft))})
+    try:
+        with _replace_objects(folder) if is_object else replace_folder(folder) as draft:
+            yield draft
+            write_json(draft / RECORD, {**record, "files": sorted(_files(draft))})
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error  # a full disk has none
 
 
 @contextmanager

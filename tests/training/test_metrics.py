@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,26 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(sink: JsonlSink, tmp_path: Pat
         (6, None),
         (7, None),
     ]
+
+
+def test_a_reader_that_goes_away_ends_nothing() -> None:
+    """`python -m sdx.train | head -1`"""
+    script = """
+import sys
+from sdx.training.metrics import ProgressLine
+progress = ProgressLine(3)
+for _ in range(3):
+    progress.say("x" * 100_000)
+print("and others")
+sys.stderr.write("the end")
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == "the end" and process.wait() == 0
+    process.stderr.close()
 
 
 def test_rates_leave_out_what_is_not_stepping() -> None:

@@ -1,5 +1,6 @@
 """Which folders an export may take, and that it takes them whole."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,11 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     write(tmp_path / "link", "first")
     assert (tmp_path / "link").is_symlink()
     assert names(tmp_path / "there") == ["sdx.json", "unet/first"]
+
+
+def test_a_full_disk_is_told_with_the_folder(tmp_path: Path) -> None:
+    """Of a write that fails the system names no file."""
+    with pytest.raises(OSError, match=r"No space left on device: '.*out'"):
+        with export_folder(tmp_path / "out", {"of": "run"}):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
