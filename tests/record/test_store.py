@@ -2,8 +2,14 @@
 
 import subprocess
 import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from sdx.record import store
@@ -152,3 +158,91 @@ except store.StoreError as error:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "needs the package s3fs" in done.stdout and "pip install 'sdx[s3]'" in done.stdout
+
+
+class _Flaky(BaseHTTPRequestHandler):
+    """Passes requests on to a store; the first `busy` of them are answered with 503."""
+
+    store = ""
+    busy = 0
+    seen: list[str] = []
+    protocol_version = "HTTP/1.1"
+
+    def _answer(self) -> None:
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        kind = type(self)
+        kind.seen.append(self.command)
+        if kind.busy > 0:
+            kind.busy -= 1
+            return self._send(503, b"<Error><Code>ServiceUnavailable</Code></Error>", {})
+        headers = {"Content-Type": "binary/octet-stream", **self.headers}
+        headers.pop("Expect", None)
+        request = urllib.request.Request(
+            kind.store + self.path, content or None, headers, method=self.command
+        )
+        try:
+            with urllib.request.urlopen(request) as answer:
+                self._send(answer.status, answer.read(), dict(answer.headers))
+        except urllib.error.HTTPError as error:
+            with error:
+                self._send(error.code, error.read(), dict(error.headers))
+
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _answer
+
+    def _send(self, code: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(code)
+        for name, value in headers.items():
+            if name.lower() not in ("content-length", "connection", "date", "server"):
+                self.send_header(name, value)
+        length = headers.get("Content-Length", "0") if self.command == "HEAD" else len(content)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def flaky(
+    bucket: str, s3_address: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[type[_Flaky], ObjectPath]]:
+    """The store behind a server that can be busy."""
+    _Flaky.store, _Flaky.busy, _Flaky.seen = s3_address, 0, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Flaky)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+    store._file_system.cache_clear()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    path = as_path(f"{bucket}/x")
+    assert isinstance(path, ObjectPath)
+    yield _Flaky, path
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    store._file_system.cache_clear()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def test_a_busy_store_is_asked_again(flaky: tuple[type[_Flaky], ObjectPath]) -> None:
+    server, path = flaky
+    path.write_bytes(b"1")
+    server.busy, server.seen = 2, []
+    path.write_bytes(b"2")
+    assert server.seen == ["PUT"] * 3
+    assert path.read_bytes() == b"2"
+    server.busy = 1
+    assert path.read_bytes() == b"2"
+
+
+def test_a_store_that_stays_busy_is_an_error_within_bounds(
+    flaky: tuple[type[_Flaky], ObjectPath], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    server, path = flaky
+    server.busy = 1000
+    with pytest.raises(StoreError, match=f"{path}: cannot be reached") as caught:
+        path.write_bytes(b"1")
+    assert caught.value.may_pass and len(server.seen) <= 10
