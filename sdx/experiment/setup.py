@@ -106,7 +106,7 @@ def prepare(config: Config) -> Setup:
         config = adopted
     check_weights(config, weights, unet)
     tokenizer = open_tokenizer(config, weights)
-    data = _data_at_recorded_commit(config)
+    data = data_at_recorded_commit(config)
     source = open_source(data, resolution=resolve.resolution(config))
     validation = open_validation(replace(config, data=_at_commit_of(source, data)), source)
     source = training_source(config, source, weights)
@@ -137,7 +137,7 @@ def open_buckets(config: Config, source: Source) -> Buckets | None:
     return make_buckets(source, resolve.resolution(config), multiple)
 
 
-def _data_at_recorded_commit(config: Config) -> DataConfig:
+def data_at_recorded_commit(config: Config) -> DataConfig:
     """The dataset as it was when the run began."""
     data = config.data
     if data.kind is not DataKind.huggingface or data.dir is not None or data.revision is not None:

@@ -12,7 +12,7 @@ from sdx.data.source import DataError, Source
 from sdx.data.sources import open_source
 from tests.data.stored import as_folder, as_image_repository, as_repository, as_saved, plain
 from tests.data.test_sources import colours
-from tests.weights.hub_server import COMMIT, Hub, Repository, serve
+from tests.weights.hub_server import COMMIT, SIGNATURE, Hub, Repository, serve
 
 pytestmark = pytest.mark.usefixtures("own_caches")
 
@@ -141,6 +141,17 @@ def test_a_token_is_sent_and_a_busy_hub_is_asked_again(
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.failures["data/train-00000-of-00002.parquet"] = [503, 429]
     assert len(opened()) == 5
+
+
+def test_no_secret_in_any_message(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the user's token, nor the signature of an address that fails."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    file = "data/train-00000-of-00002.parquet"
+    hub.repositories[f"datasets/{NAME}"].files[file] += b"\0" * 5000  # large: behind a signature
+    hub.failures = {f"/signed/datasets/{NAME}/{file}": [503] * 20}
+    message = refusal()
+    assert "503" in message and "check network and disk" in message
+    assert TOKEN not in message and SIGNATURE not in message
 
 
 CARD = "---\nconfigs:\n- config_name: {}\n  data_files: data/train-*\n{}---\n"
