@@ -5,9 +5,12 @@ planned. It answers people who type the names they know, and it makes the migrat
 documentation.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+
+from sdx.config.leaves import leaves
 
 MAXDIFFUSION = "MaxDiffusion"
 DIFFUSERS = "diffusers"
@@ -23,7 +26,7 @@ class Outcome(Enum):
 @dataclass(frozen=True)
 class Row:
     """One peer's name. `target` is the sdx key or group, `note` a reason, `values` translates the
-    peer's spellings.
+    peer's spellings: words are all that can be translated, numbers are exceptions.
     """
 
     name: str
@@ -51,6 +54,8 @@ def answer(name: str, got: str | None) -> tuple[str, str] | None:
     rule = "a name of " + " and ".join(row.peers)
     note = f" ({row.note})" if row.note else ""
     match row.outcome:
+        case Outcome.key if got in _EMPTY:
+            return f"{rule}, empty there", "leave it out"
         case Outcome.key:
             value = got if below else _translated(row, got)
             return rule, f"use {row.target}{dot}{below}={value}{note}"
@@ -62,10 +67,22 @@ def answer(name: str, got: str | None) -> tuple[str, str] | None:
             return f"{rule}, not supported: {row.note}", "leave it out"
 
 
+_EMPTY = ("", "''", '""')  # how a YAML file leaves a key out
+_OFF = ("-1", "-1.0")  # how MaxDiffusion switches off what is null here
+
+
 def _translated(row: Row, got: str | None) -> str:
-    if row.values:
-        return row.values.get((got or "true").lower(), "…")
-    return "true" if got is None else got
+    typed = "true" if got is None else got
+    if typed.lower() in row.values:
+        return row.values[typed.lower()]
+    if any(not _is_number(word) for word in row.values):
+        return "…"
+    leaf = leaves().get(row.target or "")
+    return "null" if typed in _OFF and leaf is not None and leaf.optional else typed
+
+
+def _is_number(word: str) -> bool:
+    return re.fullmatch(r"-?[\d.]+", word) is not None
 
 
 _Cell = str | tuple[str | None, str | None] | tuple[str, str | None, Mapping[str, str]]
@@ -172,9 +189,13 @@ _MAXDIFFUSION_KEYS = _rows(
         "transform_images_num_proc": "data.num_workers",
         "enable_data_shuffling": "data.shuffle",
         "reuse_example_batch": ("debug", "a few examples over and over", {"true": "overfit"}),
-        "checkpoint_every": ("checkpoint.every", "in steps; 0 = only at the end"),
+        "checkpoint_every": ("checkpoint.every", "in steps; 0 = only at the end", {"-1": "0"}),
         "per_device_batch_size": "train.per_device_batch_size",
-        "warmup_steps_fraction": "lr_schedule.warmup_fraction",
+        "warmup_steps_fraction": (
+            "lr_schedule.warmup_fraction",
+            "with lr_schedule=constant_with_warmup, which is what it has",
+            {"0": "null", "0.0": "null"},
+        ),
         "learning_rate_schedule_steps": "lr_schedule.decay_steps",
         "remat_policy": ("train.remat", None, {"full": "full", "none": "none"}),
         "adam_b1": "optimizer.b1",
@@ -193,10 +214,6 @@ _MAXDIFFUSION_KEYS = _rows(
         "split_head_dim": "attention.split_head_dim",
         "flash_block_sizes": "attention.block_sizes",
         "flash_min_seq_length": "attention.min_sequence",
-        "mask_padding_tokens": (
-            "attention.mask_padding_tokens",
-            "of captions; masks for a kernel's own padding are always on",
-        ),
         "cache_latents_text_encoder_outputs": (
             "data.cache",
             "written by sdx.encode",
@@ -227,6 +244,11 @@ _MAXDIFFUSION_REST = (
             "write_timing_metrics": (None, "step times are in RUN/metrics.jsonl"),
             "save_config_to_gcs": (None, "every run folder holds its config.yaml"),
             "from_pt": (None, "safetensors of diffusers are what is read"),
+            "mask_padding_tokens": (
+                None,
+                "a kernel's own padding is always masked; attention.mask_padding_tokens is another"
+                " thing",
+            ),
             "jit_initializers": (None, "state is made sharded, under jit"),
             "skip_jax_distributed_system": (None, "it follows from hardware.num_hosts"),
             "data_files_pattern": _ENCODE,
@@ -312,6 +334,7 @@ _DIFFUSERS_KEYS = _rows(
         "lr_warmup_steps": (
             "lr_schedule.warmup_steps",
             "with a schedule that warms up, such as lr_schedule=constant_with_warmup",
+            {"0": "null"},
         ),
         "adam_beta1": "optimizer.b1",
         "adam_beta2": "optimizer.b2",
@@ -341,7 +364,7 @@ _DIFFUSERS_KEYS = _rows(
         ),
         "report_to": (
             "metrics.sinks",
-            None,
+            "tensorboard, jsonl, wandb or several of them",
             {
                 "tensorboard": "[tensorboard,jsonl]",
                 "wandb": "[wandb,jsonl]",

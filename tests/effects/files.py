@@ -97,10 +97,8 @@ def _make_tables(folder: Path) -> None:
     """Two files, each a configuration of the card, with a white and a black picture in a row."""
     folder.mkdir()
     for name in ("large", "small"):
-        images = {
-            column: [{"bytes": _png(level), "path": None}] for column, level in SHADES.items()
-        }
-        table = pa.table({**images, "text": [f"a {name} one"]})
+        shades = {column: [{"bytes": _png(n), "path": None}] for column, n in SHADES.items()}
+        table = pa.table({**shades, "text": [f"a {name} one"]})
         pq.write_table(table, folder / f"{name}.parquet")
     configs = "".join(
         f"- config_name: {name}\n  default: {str(name == 'small').lower()}\n"

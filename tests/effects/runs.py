@@ -35,6 +35,7 @@ from sdx.training.profile import StepTracer
 from sdx.training.sinks import Told, make_sinks
 from tests.effects.cached import CACHED, made
 from tests.effects.effect import Case, Effect
+from tests.effects.reads import recorded
 from tests.effects.tracing import Observer
 
 PLAIN = (
@@ -89,6 +90,7 @@ class Finished:
     output: str
     saved: list[int] = field(default_factory=list)
     uploads: list[str] = field(default_factory=list)
+    reads: set[str] = field(default_factory=set)
     num_judged: int = 0
     num_measured: int = 0
 
@@ -136,7 +138,8 @@ def finished(case: Case) -> Finished:
         patch.setattr(Evaluator, "__call__", rising)
         patch.setattr(exporting, "publish", upload)
         patch.setattr(setup, "check_can_publish", lambda hub_id: None)
-        code = run(case.config, case.overrides)
+        with recorded() as found.reads:
+            code = run(case.config, case.overrides)
     found.output = said.getvalue()
     assert code == 0, found.output
     return found

@@ -1,0 +1,59 @@
+"""Which keys of a configuration are read, by their full path, while sdx does something with it."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from sdx.config.leaves import groups, leaves
+from sdx.config.schema import Config
+
+# They read every key alike, or only to say whether it may be as it is.
+IGNORED = ("check", "check_cache", "check_data", "identity", "leaves", "schema")
+
+
+@contextmanager
+def recorded() -> Iterator[set[str]]:
+    """The keys that sdx reads while the block runs; what copies, compares, saves or checks whole
+    configurations does not count."""
+    ignored = {f"sdx.config.{name}" for name in IGNORED}
+    places: dict[type, list[str]] = {}
+    for path, cls in {"": Config, **groups()}.items():
+        places.setdefault(cls, []).append(path)
+    found: set[str] = set()
+
+    def place(config: Any) -> str | None:
+        """Where it was read from; a copy is where its class is, if that is at one place only."""
+        fields = object.__getattribute__(config, "__dict__")
+        [only, *others] = places[type(config)]
+        return fields.get("_place", None if others else only)
+
+    def note(self: Any, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        if name.startswith("_"):
+            return value
+        prefix = place(self)
+        path = f"{prefix}.{name}" if prefix else name
+        if dataclasses.is_dataclass(value):
+            object.__getattribute__(value, "__dict__")["_place"] = path
+        caller = _caller(sys._getframe(1))
+        if prefix is not None and path in leaves() and caller.startswith("sdx."):
+            found.update({path} if caller not in ignored else ())
+        return value
+
+    with pytest.MonkeyPatch.context() as patch:
+        for cls in places:
+            patch.setattr(cls, "__getattribute__", note)
+        yield found
+
+
+def _caller(frame: FrameType) -> str:
+    """The module that wants to know; resolve.py asks for others."""
+    asked: FrameType | None = frame
+    while asked is not None and asked.f_globals.get("__name__") == "sdx.config.resolve":
+        asked = asked.f_back
+    return "" if asked is None else asked.f_globals.get("__name__", "")
