@@ -28,8 +28,8 @@ class Ahead(Iterator[T], Generic[T]):
 
     A thread begins its next number when its last result was taken, so that at most `num_threads`
     results exist that nobody has asked for. An error of `work` is raised in its turn, with its
-    traceback. Where a result is asked for and does not come within `timeout_s`, `Overdue` is
-    raised.
+    traceback, and is the last that comes. Where a result is asked for and does not come within
+    `timeout_s`, `Overdue` is raised.
     """
 
     def __init__(
@@ -57,10 +57,11 @@ class Ahead(Iterator[T], Generic[T]):
             raise ValueError("closed: nothing more can be asked for")
         thread = next(self._turns)
         try:
-            result = thread.take(self._timeout_s)
-        except Empty:
-            self._join_s = 0.0
-            raise Overdue(self._next, thread.stack()) from None
+            result = thread.take(self._next, self._timeout_s)
+        except BaseException as error:
+            self._join_s = 0.0 if isinstance(error, Overdue) else self._join_s
+            self._tell_to_end()
+            raise
         self._next += 1
         return result
 
@@ -69,11 +70,14 @@ class Ahead(Iterator[T], Generic[T]):
         where a result is overdue.
         """
         until = time.monotonic() + self._join_s
-        for thread in self._threads:
-            thread.tell_to_end()
+        self._tell_to_end()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, until - time.monotonic()))
+
+    def _tell_to_end(self) -> None:
+        for thread in self._threads:
+            thread.tell_to_end()
 
 
 class _Thread(threading.Thread, Generic[T]):
@@ -97,9 +101,12 @@ class _Thread(threading.Thread, Generic[T]):
                 self._results.put((None, error))
                 return
 
-    def take(self, timeout_s: float | None) -> T:
-        """The next result; raises Empty where there is none in time."""
-        result, error = self._results.get(timeout=timeout_s)
+    def take(self, number: int, timeout_s: float | None) -> T:
+        """The next result, which is that of `number`."""
+        try:
+            result, error = self._results.get(timeout=timeout_s)
+        except Empty:
+            raise Overdue(number, self.stack()) from None
         if error is not None:
             try:
                 raise error

@@ -44,6 +44,8 @@ def test_an_error_is_raised_in_its_turn_with_its_traceback():
     with pytest.raises(RuntimeError, match="disk on fire") as caught:
         next(ahead)
     assert "third_fails" in [entry.name for entry in caught.traceback]
+    with pytest.raises(ValueError, match="closed"):
+        next(ahead)
     ahead.close()
 
 
