@@ -12,6 +12,12 @@ from sdx.config.schema import SamplerKind
 from sdx.record.validation import parse_step
 
 FINISHED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
+PATHS = (
+    ("--fid", "REFERENCE", "folder of real pictures, or .npz with mu and sigma of them"),
+    ("--inception", "FILE", "FID's network: pt_inception-2015-12-05-….pth or .safetensors of it"),
+    ("--save-statistics", "FILE", "write mu and sigma of the pictures (.npz)"),
+    ("--clip", "FOLDER", "CLIP score, by a CLIPModel in transformers' layout"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,12 +49,8 @@ def _fail(error: Exception | str, code: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sdx.evaluate", description=__doc__)
-    parser.add_argument(
-        "source", help="run, RUN@STEP, RUN@best, pictures, model folder, file or Hub id"
-    )
-    parser.add_argument(
-        "--step", type=parse_step, help="checkpoint of that step, or best (the newest)"
-    )
+    parser.add_argument("source", help="run, RUN@STEP, pictures, model folder, file or Hub id")
+    parser.add_argument("--step", type=parse_step, help="of which checkpoint, or best (the newest)")
     parser.add_argument("--weights", choices=("ema", "raw"), help="averaged or raw (the run's own)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--batch-size", type=whole, help="pictures at once (8 a device)")
@@ -56,20 +58,16 @@ def _parser() -> argparse.ArgumentParser:
     loss.add_argument("--split", help="held-out split, or a part of one (eval.split)")
     loss.add_argument("--num-batches", type=whole, help="global batches of it (eval.num_batches)")
     score = parser.add_argument_group("scores of pictures")
-    add_path = partial(score.add_argument, type=Path)
-    add_path("--fid", metavar="REFERENCE", help="folder of real pictures, or .npz of mu and sigma")
-    add_path("--inception", metavar="FILE", help="pt_inception-2015-12-05-….pth or .safetensors")
-    add_path("--save-statistics", metavar="FILE", help="write mu and sigma of the pictures (.npz)")
-    add_path("--clip", metavar="FOLDER", help="a CLIPModel in transformers' layout: CLIP score")
+    for name, metavar, help in PATHS:
+        score.add_argument(name, type=Path, metavar=metavar, help=help)
     score.add_argument("--adherence", type=whole, metavar="N", help="data=shapes: judge N pictures")
     draw = parser.add_argument_group("pictures that a run or model draws for its scores")
     draw.add_argument("--prompts", type=Path, help="text, one a line, or captioned pictures")
-    draw.add_argument(
-        "--out", type=Path, help="folder (RUN/samples/evaluation-…); it is gone on with"
-    )
+    draw.add_argument("--out", type=Path, help="folder, gone on with (RUN/samples/evaluation-…)")
     draw.add_argument("--steps", type=whole, help="sampler steps (the run's own, else 30)")
     draw.add_argument("--guidance", type=scale, help="1 is off (the run's own, else 7.5)")
     draw.add_argument("--negative-prompt", help="what guidance steers away from (the run's own)")
+    draw.add_argument("--dtype", choices=("float32", "bfloat16"), help="computed in (float32)")
     draw.add_argument("--sampler", choices=list(SamplerKind.__members__), help="the run's own")
     draw.add_argument("--seed", type=seed, help="seed of the initial noise (the run's own, else 0)")
     draw.add_argument("--model", help="what an original file is if it does not tell, e.g. sd21")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -48,6 +48,7 @@ from sdx.weights.errors import WeightsError
 
 PACKAGES = ("jax", "jaxlib", "numpy", "pillow")
 PER_DEVICE = 8  # pictures at once
+DTYPE = "float32"
 
 Say = Callable[[str], None]
 Row = dict[str, Any]
@@ -95,9 +96,10 @@ def evaluate(request: Request, *, say: Say = print) -> Row:
         assert judge is not None
         return row | judge(paths.root)
     if kind is Kind.run:
-        model = _load_run(paths, step or request.step, request.weights, mesh, say)
+        model = _load_run(paths, step, request, mesh, say)
     else:
-        pipeline = load(request.source, model=request.model, mesh=mesh)
+        dtype = request.dtype or DTYPE
+        pipeline = load(request.source, dtype=dtype, model=request.model, mesh=mesh)
         model = _Model(pipeline, {"source": request.source}, SampleConfig(), None, None)
     pipeline = replace(model.pipeline, batch_size=batch_size)
     model = replace(model, pipeline=pipeline)
@@ -158,6 +160,7 @@ def _settings(request: Request, model: _Model) -> DrawingSettings:
         guidance_rescale=own.guidance_rescale,
         negative_prompt=negative,
         sampler=sampler,
+        dtype=request.dtype or DTYPE,
         seed=own.seed if asked.seed is None else asked.seed,
     )
 
@@ -193,16 +196,17 @@ def _validation(request: Request, model: _Model, batch_size: int, say: Say) -> R
 
 
 def _load_run(
-    paths: RunPaths[Any],
-    step: Step | None,
-    weights: Literal["ema", "raw"] | None,
-    mesh: Mesh,
-    say: Say,
+    paths: RunPaths[Any], step: Step | None, request: Request, mesh: Mesh, say: Say
 ) -> _Model:
     config = from_saved(paths.config)
-    is_average = config.train.ema if weights is None else weights == "ema"
-    which = "ema" if is_average else "params"
-    found, pipeline = load_run(paths.root, which=which, step=named_step(paths, step), mesh=mesh)
+    is_average = config.train.ema if request.weights is None else request.weights == "ema"
+    found, pipeline = load_run(
+        paths.root,
+        dtype=request.dtype or DTYPE,
+        which="ema" if is_average else "params",
+        step=named_step(paths, request.step if step is None else step),
+        mesh=mesh,
+    )
     created = (read_json(paths.run) or {}).get("created")
     identity = {"run": paths.root.resolve().name, "created": created, "step": found}
     identity |= {"weights": "ema" if is_average else "raw"}

@@ -9,7 +9,7 @@ from sdx.record.paths import RunPaths
 from sdx.record.validation import Step, parse_run
 
 # Options by what they belong to.
-HOW = ("steps", "guidance", "negative_prompt", "sampler", "seed")
+HOW = ("steps", "guidance", "negative_prompt", "dtype", "sampler", "seed")
 DRAWN = ("prompts", "out")
 LOSS = ("split", "num_batches")
 OF_RUN = ("step", "weights")
@@ -46,6 +46,7 @@ class Request:
     steps: int | None = None
     guidance: float | None = None
     negative_prompt: str | None = None
+    dtype: str | None = None
     sampler: str | None = None
     seed: int | None = None
     batch_size: int | None = None

@@ -16,7 +16,7 @@ from sdx.config.schema import (
     Platform,
     Remat,
 )
-from sdx.data.source import DataError, Source
+from sdx.data.source import DataError, Source, first_examples
 from sdx.data.sources import open_source
 from sdx.parallel import sharding
 from sdx.pipeline import Pipeline
@@ -57,7 +57,7 @@ def measure_loss(
     evaluator = make_evaluator(
         program,
         program.place_frozen(**frozen),
-        source,
+        first_examples(source, num_examples),  # a batch here may reach past the last one
         pipeline.tokenizer,
         data,
         resolution=resolve.resolution(config),

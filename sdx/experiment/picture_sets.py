@@ -37,6 +37,7 @@ class DrawingSettings:
     guidance_rescale: float
     negative_prompt: str
     sampler: str
+    dtype: str
     seed: int
 
 
