@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
-from sdx.config import check_cache, check_data, resolve
+from sdx.config import check_attention, check_cache, check_data, resolve
 from sdx.config.errors import Problem, any_of
 from sdx.config.leaves import Leaf, leaves, spelled, value
 from sdx.config.samplers import divides_by_zero, most_steps, refusal
@@ -137,6 +137,7 @@ _NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     **check_data.NEEDS,
     **check_cache.NEEDS,
     "sample.num_adherence_prompts": (check_data.is_shapes, "data=shapes"),
+    **check_attention.NEEDS,
     "metrics.wandb.project": (_tells_wandb, "metrics.sinks=[wandb]"),
     "metrics.wandb.entity": (_tells_wandb, "metrics.sinks=[wandb]"),
     "optimizer.b1": (_has_moment_decays, "optimizer=adamw or lion"),
@@ -584,6 +585,7 @@ _RULES: list[Callable[[Config], Iterator[Problem]]] = [
     _schedule,
     _diffusion,
     _objective,
+    check_attention.attention_problems,
     _sampler,
     _export,
     _evaluation,

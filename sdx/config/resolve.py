@@ -9,6 +9,7 @@ import math
 
 from sdx.config.schema import (
     ActivationsDtype,
+    AttentionKind,
     Config,
     DataKind,
     LrScheduleKind,
@@ -25,6 +26,13 @@ DECAYING = {
     LrScheduleKind.cosine_with_restarts,
     LrScheduleKind.polynomial,
 }
+
+AUTO_ATTENTION = {
+    Platform.cpu: AttentionKind.per_head,
+    Platform.gpu: AttentionKind.cudnn,
+    Platform.tpu: AttentionKind.flash,
+}
+CUDNN_HEAD_DIM, CUDNN_HEAD_DIM_UNIT = 128, 8  # 256 from Hopper on, which is not known beforehand
 
 SAMPLER_OF_CLASS = {
     SchedulerClass.DDPMScheduler: SamplerKind.ddpm,

@@ -30,7 +30,7 @@ def local_mesh(mesh: Mesh) -> Mesh:
 
 def image_encoder(config: Config, mesh: Mesh, weights: ModelFiles, num_images: int) -> EncodeImages:
     """The VAE's moments of `num_images` images, computed as training computes them."""
-    networks, side = networks_of(config), resolve.resolution(config)
+    networks, side = networks_of(config, mesh), resolve.resolution(config)
     shape = (num_images, side, side, config.model.vae.in_channels)
     params = _load(weights, "vae", networks.vae.abstract(), mesh)
     return _compiled(
@@ -42,7 +42,7 @@ def image_encoder(config: Config, mesh: Mesh, weights: ModelFiles, num_images: i
 
 def token_encoder(config: Config, mesh: Mesh, weights: ModelFiles, num_rows: int) -> EncodeTokens:
     """The text encoder's states of `num_rows` rows of tokens, computed as training does."""
-    networks, length = networks_of(config), config.model.text_encoder.max_position_embeddings
+    networks, length = networks_of(config, mesh), config.model.text_encoder.max_position_embeddings
     params = _load(weights, "text_encoder", networks.text_encoder.abstract(), mesh)
     return _compiled(
         lambda params, tokens: text_states(networks, params, tokens),

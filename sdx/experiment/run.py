@@ -33,6 +33,7 @@ from sdx.experiment.gallery import Gallery
 from sdx.experiment.publishing import PublishError
 from sdx.experiment.setup import REFUSALS, Setup, bold_rate, lost_precision, prepare
 from sdx.experiment.validating import Validator, continue_history
+from sdx.models.attention_choice import describe as describe_attention
 from sdx.parallel.memory import keep_freed_memory
 from sdx.parallel.stopping import EXIT_INTERRUPTED, StopFlag
 from sdx.pipeline import Params, Pipeline, make_pipeline
@@ -69,7 +70,7 @@ from sdx.training.metrics import (
     Workload,
 )
 from sdx.training.profile import StepTracer
-from sdx.training.program import Program, build
+from sdx.training.program import Program, attention_of, build
 from sdx.training.sinks import MetricSink, Told, make_sinks
 from sdx.training.state import TrainState, sampling_params
 from sdx.weights.load import LOADERS
@@ -277,12 +278,25 @@ class Attempt:
             self.say(f"compiling {describe(setup.buckets)}")
             shares = setup.buckets.shares(resolve.global_batch_size(config))
         program = build(config, setup.mesh, max_steps=setup.max_steps, buckets=shares)
+        self._note_attention()
         with heal_compilation_cache(config.run.compilation_cache_dir):
             program = program.compile()
         if config.hardware.platform is Platform.cpu:
             keep_freed_memory()
         self.say(f"compiled in {program.compile_s:.1f} s")
         return program
+
+    def _note_attention(self) -> None:
+        """Which kernel computes what, by queries x keys: said, and kept in run.json."""
+        config = self.setup.config
+        side = resolve.resolution(config) // resolve.vae_factor(config)
+        chosen = describe_attention(attention_of(config, self.setup.mesh), config.model, side)
+        self.record.update(attention=chosen)
+        sizes = {
+            name: [size for size in chosen if chosen[size] == name] for name in chosen.values()
+        }
+        parts = [f"{name} ({', '.join(sizes[name])})" for name in sizes]
+        self.say(f"attention: {'; '.join(parts) if len(parts) > 1 else next(iter(sizes))}")
 
     def _load_frozen(self, program: Program) -> Params:
         return program.place_frozen(**self._load(program.abstract_frozen))

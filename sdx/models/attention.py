@@ -2,6 +2,7 @@
 
 The function that computes attention is handed in (`AttentionFn`), so that a kernel can be swapped
 without touching a network; `dot_product_attention` is the plain one, the reference for all others.
+attention_choice.py picks, attention_kernels.py holds those of accelerators.
 """
 
 import math
@@ -13,7 +14,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sdx.config.schema import AttentionKind, Platform
 from sdx.models.layers import Conv2d, GroupNorm, LayerNorm, Linear, Numerics, contract
 
 # diffusers fixes this one in Transformer2DModel; the config's `norm_eps` is for ResNet blocks.
@@ -132,22 +132,6 @@ def _one_head_backward(
 
 _one_head = jax.custom_vjp(_one_head_value, nondiff_argnums=(3,))
 _one_head.defvjp(_one_head_forward, _one_head_backward)
-
-
-KERNELS: dict[AttentionKind, AttentionFn] = {
-    AttentionKind.dot_product: dot_product_attention,
-    AttentionKind.per_head: per_head_attention,
-}
-AUTO: dict[Platform, AttentionKind] = {
-    Platform.cpu: AttentionKind.per_head,
-    Platform.gpu: AttentionKind.dot_product,
-    Platform.tpu: AttentionKind.dot_product,
-}
-
-
-def select_attention(kind: AttentionKind, platform: Platform) -> AttentionFn:
-    """The attention function for `attention.kind`; auto picks by platform."""
-    return KERNELS[AUTO[platform] if kind is AttentionKind.auto else kind]
 
 
 class Attention(nnx.Module):

@@ -26,7 +26,8 @@ from sdx.config.schema import Cache, Config
 from sdx.data.loader import HostBatch
 from sdx.diffusion.objective import make_objective
 from sdx.models import flops
-from sdx.models.attention import select_attention
+from sdx.models.attention import AttentionFn
+from sdx.models.attention_choice import select_attention
 from sdx.models.networks import Networks, make_networks
 from sdx.parallel import sharding
 from sdx.training.optimizer import make_lr_schedule, make_optimizer, scaled
@@ -214,7 +215,7 @@ def build(
     """
     batch_size = resolve.global_batch_size(config, mesh.size)
     check_batch(config, mesh, batch_size)
-    networks = networks_of(config)
+    networks = networks_of(config, mesh)
     side = resolve.resolution(config)
     sizes = buckets or {(side, side): 1.0}
     captions = IN_THE_STEP if config.train.text_encoder else BEFORE_THE_STEP
@@ -250,14 +251,24 @@ def build(
     )
 
 
-def networks_of(config: Config) -> Networks:
-    """The networks as `config` computes them."""
+def networks_of(config: Config, mesh: Mesh) -> Networks:
+    """The networks as `config` computes them on `mesh`."""
     return make_networks(
         config.model,
-        attention=select_attention(config.attention.kind, config.hardware.platform),
+        attention=attention_of(config, mesh),
         dtype=resolve.activations_dtype(config),
         remat=config.train.remat,
         trains_text_encoder=config.train.text_encoder,
+    )
+
+
+def attention_of(config: Config, mesh: Mesh) -> AttentionFn:
+    """What computes attention on `mesh`."""
+    return select_attention(
+        config.attention,
+        config.hardware.platform,
+        dtype=resolve.activations_dtype(config),
+        mesh=mesh,
     )
 
 

@@ -255,6 +255,48 @@ RULES = {
         "optimizer=adafactor optimizer.b2=0.95",
         "optimizer.b2=0.95: has no effect here; it needs optimizer=adamw or lion.",
     ),
+    "a kernel of other machines": (
+        "attention=cudnn",
+        "attention.kind=cudnn: is a kernel for gpu, hardware=cpu is cpu; use attention=auto.",
+    ),
+    "a kernel of TPUs on GPUs": (
+        "model=sd21 hardware=gpu_h100_1 attention=splash",
+        "attention.kind=splash: is a kernel for tpu, hardware=gpu_h100_1 is gpu;"
+        " use attention=auto.",
+    ),
+    "cuDNN in float32": (
+        "model=sd21 hardware=gpu_h100_1 attention=cudnn model.activations_dtype=float32",
+        "model.activations_dtype=float32: attention=cudnn takes bfloat16;"
+        " use model.activations_dtype=bfloat16, or attention=auto.",
+    ),
+    "wide heads for cuDNN": (
+        "model=sd15 hardware=gpu_h100_1 attention=cudnn",
+        "attention.kind=cudnn: takes head dims up to 128 in steps of 8, level 2 has 160 over 256"
+        " tokens; use attention=auto, or attention.min_sequence=257.",
+    ),
+    "tiles without a kernel": (
+        "attention.block_sizes.block_q=256",
+        "attention.block_sizes.block_q=256: has no effect here; it needs attention=flash or"
+        " splash.",
+    ),
+    "tiles that are no tiles": (
+        "model=sd21 hardware=tpu_v4_8 attention.block_sizes.block_kv=200",
+        "attention.block_sizes.block_kv=200: must be a multiple of 128, the lanes of a TPU.",
+    ),
+    "tiles that do not divide": (
+        "model=sd21 hardware=tpu_v4_8 attention.block_sizes.block_kv=512"
+        " attention.block_sizes.block_kv_compute=384",
+        "attention.block_sizes.block_kv_compute=384: must divide"
+        " attention.block_sizes.block_kv=512.",
+    ),
+    "a layout that nothing has": (
+        "attention.split_head_dim=false",
+        "attention.split_head_dim=false: has no effect here; it needs attention=dot_product.",
+    ),
+    "lengths that decide nothing": (
+        "attention=dot_product attention.min_sequence=77",
+        "attention.min_sequence=77: has no effect here; it needs attention=flash, splash or cudnn.",
+    ),
     "a project nobody is told": (
         "metrics.wandb.project=birds",
         "metrics.wandb.project=birds: has no effect here; it needs metrics.sinks=[wandb].",
@@ -459,6 +501,9 @@ SOUND = [
     "train.text_encoder=true optimizer.text_encoder_lr=1e-6",
     "export.push_to_hub=true export.hub_model_id=me/it",
     "optimizer=lion optimizer.b1=0.95 optimizer.b2=0.98",
+    "attention=dot_product attention.split_head_dim=false",
+    "model=sd15 hardware=gpu_h100_1 attention=cudnn attention.min_sequence=257",
+    "model=sd21 hardware=tpu_v4_8 attention=splash attention.block_sizes.block_q=256",
     "metrics.sinks=[jsonl,wandb] metrics.wandb.entity=flock",
     "model.init=pretrained model.unet_checkpoint=unet",
     "diffusion.class_name=DDIMScheduler",
