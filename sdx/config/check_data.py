@@ -112,4 +112,5 @@ def _leaves(pattern: str) -> bool:
     """Whether a pattern of files is none, or leads out of the folder it counts from."""
     posix, windows = PurePosixPath(pattern), PureWindowsPath(pattern)
     is_rooted = posix.is_absolute() or bool(windows.drive or windows.root)
-    return not pattern or is_rooted or ".." in posix.parts or ":" in pattern
+    has_odd_stars = any("**" in part and part != "**" for part in posix.parts)
+    return not pattern or is_rooted or has_odd_stars or ".." in posix.parts or ":" in pattern

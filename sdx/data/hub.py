@@ -25,13 +25,15 @@ _GONE = {
         " captions of them, for what is not commercial) or data=naruto"
     ),
 }
+_INSTEAD = {"diffusers/pokemon-gpt4-captions": "; another set to try: data=naruto"}
 # What to do, by the client's exception; the first that fits.
 _FIXES = (
     ("GatedRepoError", "accept its terms on its page, then log in with `hf auth login`"),
     ("RevisionNotFoundError", "check data.revision"),
     (
         "RepositoryNotFoundError",
-        "check data.name; if it is private, log in with `hf auth login`",
+        "check data.name; if it is private, log in with `hf auth login`; a copy of it is read with"
+        " data.dir=FOLDER",
     ),
     (
         "OfflineModeIsEnabled",
@@ -123,7 +125,7 @@ def _unavailable(name: str, revision: str | None, error: Exception) -> DataError
     kinds = {kind.__name__ for kind in type(error).__mro__}
     causes = {type(cause).__name__ for cause in (error.__cause__, error.__context__) if cause}
     fix = next((fix for kind, fix in _FIXES if kind in kinds | causes), "check data.name")
-    fix = _GONE.get(name, fix).replace("NAME", name)
+    fix = _GONE.get(name, fix).replace("NAME", name) + _INSTEAD.get(name, "")
     wanted = name if revision is None else f"{name} (data.revision={revision})"
     return DataError(
         f"data.name={wanted}: could not be had from the Hugging Face Hub ({said_by(error)}); {fix}."

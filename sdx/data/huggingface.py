@@ -7,6 +7,8 @@ is read too.
 """
 
 import fnmatch
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +25,7 @@ from sdx.data.tables import SUFFIXES, TableRecords, read_files, read_saved, save
 _SAVED = ("dataset_info.json", "dataset_dict.json")
 _CARD = "README.md"
 _DEFAULT = "default"
+_COUNTED = re.compile(r"-\d+(-of-(?P<count>\d+))(-[0-9a-f]{8,})?")
 
 
 def open_huggingface(
@@ -149,7 +152,9 @@ def _choose(
         entry = configs[_chosen_config(configs, config, place)]
         found = _by_card(names, entry, split, place)
         if found is not None:
-            return _readable(found, place)
+            found = _readable(found, place)
+            _check_complete(names, found, place)
+            return found
     elif config is not None:
         names = [name for name in names if name.startswith(f"{config}/")]
         if not names:
@@ -157,8 +162,11 @@ def _choose(
                 f"data.config={config}: {place} names no configurations, and has no folder of that"
                 " name; leave data.config out."
             )
-    data = _readable(names, place)
-    return data if _are_images(data) else names_of_split(data, split, place)
+    found = _readable(names, place)
+    if not _are_images(found):
+        found = names_of_split(found, split, place)
+        _check_complete(names, found, place)
+    return found
 
 
 def _chosen_config(configs: Mapping[str, Any], config: str | None, place: str) -> str:
@@ -213,7 +221,29 @@ def _patterns(listed: Any) -> dict[str, list[str]]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern.removeprefix("./"))
+    pattern = pattern.removeprefix("./")
+    without_folders = pattern.replace("**/", "")  # which match no folder too
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, without_folders)
+
+
+def _check_complete(names: Sequence[str], chosen: Sequence[str], place: str) -> None:
+    """Raises DataError where files are missing of those that the names of the chosen count.
+
+    Without the Hub only the cache says what there is, and it may hold a part.
+    """
+    there = Counter(kind for name in names if (kind := _counted(name)) is not None)
+    for kind in {kind for name in chosen if (kind := _counted(name)) is not None}:
+        if there[kind] < kind[1]:
+            raise DataError(
+                f"{place}: has {there[kind]} of the {kind[1]} files {kind[0]}; connect to the Hub"
+                " once, or complete the copy (to train on a part of them: data=parquet data.dir)."
+            )
+
+
+def _counted(name: str) -> tuple[str, int] | None:
+    """What the files `…-00000-of-00002…` have in common, and how many there are of them."""
+    match = _COUNTED.search(name)
+    return match and (name.replace(match[0], f"-*{match[1]}", 1), int(match["count"]))
 
 
 def _readable(names: Sequence[str], place: str) -> list[str]:

@@ -116,7 +116,8 @@ def test_what_cannot_be_had_is_said_with_what_to_do(
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     message = refusal("somebody/else")
     assert message.startswith("data.name=somebody/else: could not be had from the Hugging Face Hub")
-    assert "check data.name; if it is private, log in" in message
+    assert "check data.name; if it is private, log in" in message and "data.dir" in message
+    assert "data=naruto" in refusal("diffusers/pokemon-gpt4-captions")
     assert "check data.revision" in refusal(revision="v2")
     gone = refusal("lambdalabs/pokemon-blip-captions")
     assert "DMCA" in gone and "data=pokemon" in gone and "data=naruto" in gone
@@ -169,9 +170,25 @@ def test_configurations_and_splits_of_a_local_copy(tmp_path: Path) -> None:
     assert "has the configurations large, small; set one" in refusal(name)
     assert len(opened(name, config="large")) == 3
     assert len(opened(name, config="small")) == 1
+    (folder / "README.md").write_text(CARD.format("large", "").replace("data/", "data/**/"))
+    assert len(opened(name)) == 3
     (folder / "README.md").write_text("no metadata")
     assert len(opened(None, dir=name)) == 3, "files of a split are known by their names"
     assert "names no configurations" in refusal(name, config="small")
+
+
+@pytest.mark.parametrize("has_card", [True, False])
+def test_a_part_of_the_files_is_not_taken_for_all(tmp_path: Path, has_card: bool) -> None:
+    """Left by an interrupted download, for instance; naruto's files end in a hash."""
+    folder = tmp_path / "copy"
+    as_repository(folder, plain(4))
+    for number, file in enumerate(sorted((folder / "data").iterdir())):
+        file.rename(folder / f"data/train-{number:05}-of-00002-{number}efa2f480689f147.parquet")
+    if not has_card:
+        (folder / "README.md").unlink()
+    assert len(opened(None, dir=str(folder))) == 4
+    next((folder / "data").iterdir()).unlink()
+    assert "has 1 of the 2 files data/train-*-of-00002" in refusal(None, dir=str(folder))
 
 
 def test_a_saved_dataset_names_its_splits(tmp_path: Path) -> None:

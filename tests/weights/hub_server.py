@@ -109,18 +109,18 @@ class _Handler(BaseHTTPRequestHandler):
         is_api, is_signed = path.startswith("/api/"), path.startswith("/signed/")
         path = path.removeprefix("/api/models").removeprefix("/api").removeprefix("/signed")
         of = "datasets/" if path.startswith("/datasets/") else ""
-        owner, name, *rest = path.removeprefix("/datasets")[1:].split("/")
+        owner, name, *rest = [*path.removeprefix("/datasets")[1:].split("/"), "", ""]
         repo_id = f"{of}{owner}/{name}"
         if is_signed:
             signed = parse_qs(urlsplit(self.path).query).get("X-Amz-Signature") == [SIGNATURE]
-            content = self.hub.repositories[repo_id].files["/".join(rest)]
+            content = self.hub.repositories[repo_id].files["/".join(rest).rstrip("/")]
             self._send(content) if signed else self._refuse(403)
         elif is_api:
-            kind, revision, *_ = [*rest, "", ""]
+            kind, revision, *_ = rest
             self._answer(repo_id, revision or "main", kind, "")
         else:
             kind, revision, *rest = rest
-            self._answer(repo_id, revision, kind, "/".join(rest))
+            self._answer(repo_id, revision, kind, "/".join(rest).rstrip("/"))
 
     def _answer(self, repo_id: str, revision: str, kind: str, path: str) -> None:
         repository = self.hub.repositories.get(repo_id)
