@@ -30,12 +30,12 @@ from sdx.record.files import read_json
 from sdx.record.store import AnyPath
 
 FORMAT = 1
-"""Raised when the same inputs would give another content."""
+"""Raised when the same inputs would give another content, or lie elsewhere."""
 MOMENTS, CONTEXT = "moments", "context"
 MAX_SHARDS = 1024  # files that a reader keeps open, and that a folder lists
 MAX_SHARD_EXAMPLES = 512  # as long as that gives no more than MAX_SHARDS: 34 MB at 512 pixels
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
-_MIN_SHARDS = 64  # so that few examples too are work for several processes
+_MIN_SHARDS = 16  # so that few examples too are work for several processes
 
 Part = str | int | bool | None
 
