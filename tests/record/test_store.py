@@ -22,6 +22,7 @@ from sdx.record.store import (
     remove_tree,
     upload,
 )
+from tests.object_store import ENVIRONMENT
 
 
 @pytest.fixture
@@ -141,6 +142,20 @@ def test_trouble_that_passes_is_waited_for(
     with pytest.raises(FileNotFoundError):
         store.patiently((root / "y").read_bytes)
     assert left[0] == -1  # and what cannot pass is not tried again
+
+
+def test_without_credentials_it_is_said_where_they_belong(
+    flaky: tuple[type["_Flaky"], ObjectPath], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    server, path = flaky
+    with pytest.raises(StoreError, match=f"{path}: no credentials .*environment") as caught:
+        path.write_bytes(b"")
+    assert not caught.value.may_pass and not server.seen
 
 
 @pytest.mark.fast
