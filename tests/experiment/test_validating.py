@@ -84,6 +84,7 @@ def saved(path: Path) -> list[int]:
 @pytest.fixture(scope="module", autouse=True)
 def one_program() -> Iterator[None]:
     """The runs here differ in what is measured and when they end: one program does for all."""
+    jax.devices()  # the eight of the tests, before a run asks for one
     programs: list[Program] = []
     compile_program = vars(Attempt)["_compile"]
 
