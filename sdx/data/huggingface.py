@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 from sdx.data.checked import Records
 from sdx.data.columns import Columns
@@ -46,7 +46,11 @@ def open_huggingface(
         assert name is not None, "checked by the configuration"
         return _open_remote(open_repository(name, revision), config, split, columns)
     place = str(folder)
+    if revision is not None:
+        _refuse_idle("data.revision", revision, f"{place} is a local copy")
     if any((folder / file).is_file() for file in _SAVED) and _is_saved(folder):
+        if config is not None:
+            _refuse_idle("data.config", config, f"save_to_disk wrote {place}")
         table = read_saved(folder, split)
         return TableRecords(
             table, place=place, files=saved_files(table), columns=columns, image_root=folder
@@ -55,6 +59,10 @@ def open_huggingface(
     names = sorted(path.as_posix() for path in files if not path.parts[0].startswith("."))
     chosen = _choose(names, _card(folder), config, split, place)
     return _open(folder, chosen, split, columns, place=place, root=folder)
+
+
+def _refuse_idle(key: str, got: str, reason: str) -> NoReturn:
+    raise DataError(f"{key}={got}: has no effect, {reason}; leave it out.")
 
 
 def _local(name: str | None, dir: str | None) -> Path | None:
@@ -103,6 +111,8 @@ def _open(
 ) -> Records:
     """The records in these files of a repository's folder; images and links may lie in `root`."""
     if _are_images(chosen):
+        if columns.image != Columns().image:
+            _refuse_idle("data.image_column", columns.image, f"{place} holds image files")
         return ImageFolderRecords(
             folder,
             split=split,

@@ -1,6 +1,7 @@
 """Datasets of the Hub: what is downloaded, at which commit, and why one cannot be had."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,16 @@ def test_a_part_of_the_files_is_not_taken_for_all(tmp_path: Path, has_card: bool
     assert len(opened(None, dir=str(folder))) == 4
     next((folder / "data").iterdir()).unlink()
     assert "has 1 of the 2 files data/train-*-of-00002" in refusal(None, dir=str(folder))
+
+
+def test_keys_that_do_nothing_with_a_local_copy_are_refused(tmp_path: Path) -> None:
+    as_repository(tmp_path / "copy", plain(2))
+    assert "data.revision=v2: has no effect" in refusal(str(tmp_path / "copy"), revision="v2")
+    as_saved(tmp_path / "saved", plain(2))
+    assert "data.config=small: has no effect" in refusal(str(tmp_path / "saved"), config="small")
+    config = as_image_repository(tmp_path / "images", plain(2))
+    with pytest.raises(DataError, match="data.image_column=picture: has no effect"):
+        open_source(replace(config, image_column="picture"), resolution=16)
 
 
 def test_a_saved_dataset_names_its_splits(tmp_path: Path) -> None:
