@@ -23,7 +23,7 @@ from sdx.config.compose import compose, from_saved
 from sdx.config.folders import CONF, group_options
 from sdx.config.schema import (
     HUB_ID,
-    AttentionKind,
+    AttentionConfig,
     DiffusionConfig,
     ModelConfig,
     Platform,
@@ -31,7 +31,7 @@ from sdx.config.schema import (
 )
 from sdx.data.tokenizer import Tokenizer, load_tokenizer
 from sdx.diffusion.schedule import make_schedule
-from sdx.models.attention import select_attention
+from sdx.models.attention_choice import select_attention
 from sdx.models.networks import Networks, make_networks
 from sdx.parallel import sharding
 from sdx.parallel.mesh import one_device_mesh
@@ -275,7 +275,8 @@ def load(
     diffusion, sampler = read_scheduler(files.config("scheduler") or {}, files.where("scheduler"))
     found = read_model(files)
     _check_numbers(str(source), found, diffusion)
-    networks, mesh = _networks(found, dtype), mesh or one_device_mesh()
+    mesh = mesh or one_device_mesh()
+    networks = _networks(found, dtype, mesh)
     return _assemble(files, networks, {}, mesh, found, diffusion, sampler, found.resolution)
 
 
@@ -341,8 +342,9 @@ def load_run(
     CheckpointMismatch for averages that were never kept.
     """
     config = from_saved(run)
-    networks = _networks(config.model, dtype)
     mesh = mesh or one_device_mesh()
+    masked = config.attention.mask_padding_tokens
+    networks = _networks(config.model, dtype, mesh, mask_padding_tokens=masked)
     which = which or ("ema" if config.train.ema else "params")
     found, restored = restore_params(RunPaths(run).checkpoints, which, step=step, say=print)
     abstract = _abstract(networks, mesh)
@@ -400,10 +402,15 @@ def _assemble(
     )
 
 
-def _networks(model: ModelConfig, dtype: str) -> Networks:
+def _networks(
+    model: ModelConfig, dtype: str, mesh: Mesh, *, mask_padding_tokens: bool = False
+) -> Networks:
     platform = Platform[jax.devices()[0].platform]
     return make_networks(
-        model, attention=select_attention(AttentionKind.auto, platform), dtype=dtype
+        model,
+        attention=select_attention(AttentionConfig(), platform, dtype=dtype, mesh=mesh),
+        dtype=dtype,
+        mask_padding_tokens=mask_padding_tokens,
     )
 
 

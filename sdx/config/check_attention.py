@@ -46,9 +46,6 @@ def attention_problems(config: Config) -> Iterator[Problem]:
     """What the chosen kernel cannot do."""
     attention, hardware = config.attention, config.hardware
     kind, needs = attention.kind, _ACCELERATED.get(attention.kind)
-    if attention.mask_padding_tokens:
-        rule = "cross-attention ignores no tokens yet, as diffusers' does not"
-        yield Problem("attention.mask_padding_tokens", "true", rule, "leave it out")
     for block, size in dataclasses.asdict(attention.block_sizes).items():
         if size is not None and size % _LANES:
             rule = f"must be a multiple of {_LANES}, the lanes of a TPU"

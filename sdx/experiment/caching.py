@@ -66,6 +66,7 @@ def context_key(config: Config, moments: CacheKey, weights: ModelFiles) -> Cache
             "moments": moments.name,
             "text_encoder": weights_digest(weights, "text_encoder", architecture),
             "computed in": resolve.activations_dtype(config),
+            **({"padding": "marked"} if config.attention.mask_padding_tokens else {}),
         },
     )
 

@@ -94,12 +94,19 @@ def _about(trained: Trained) -> str:
         learns += f" and a text encoder trained from {base}"
         others = "The autoencoder is that"
     kept = "averaged weights (EMA)" if trained.is_average else "weights"
+    padding = ""
+    if config.attention.mask_padding_tokens:
+        padding = (
+            " It was trained with cross-attention passing over what follows a caption's end "
+            "(attention.mask_padding_tokens), which diffusers attends to: pictures drawn there "
+            "differ from those of `sdx.sample` on the run."
+        )
     pixels = resolve.resolution(config)
     work = f"{trained.step} steps of {resolve.global_batch_size(config)} images"
     return (
         f"Stable Diffusion in diffusers' layout: {learns} with sdx, the "
         f"{kept} after {work} of {pixels} x {pixels} pixels. {others} of {base}. There is no "
-        "safety checker."
+        f"safety checker.{padding}"
     )
 
 

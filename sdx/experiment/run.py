@@ -31,7 +31,7 @@ from sdx.experiment.exporting import (
 )
 from sdx.experiment.gallery import Gallery
 from sdx.experiment.publishing import PublishError
-from sdx.experiment.setup import REFUSALS, Setup, bold_rate, lost_precision, prepare
+from sdx.experiment.setup import REFUSALS, Setup, bold_rate, departure, lost_precision, prepare
 from sdx.experiment.validating import Validator, continue_history
 from sdx.models.attention_choice import describe as describe_attention
 from sdx.parallel.memory import keep_freed_memory
@@ -244,7 +244,8 @@ class Attempt:
     def run(self) -> int:
         """Everything from compiling to the last picture; returns the exit code."""
         self.say(_headline(self.setup))
-        for warning in (lost_precision(self.setup.config), bold_rate(self.setup.config)):
+        for warn in (lost_precision, bold_rate, departure):
+            warning = warn(self.setup.config)
             if warning is not None:
                 self.say(warning)
         try:

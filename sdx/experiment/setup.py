@@ -216,6 +216,16 @@ def lost_precision(config: Config) -> str | None:
     )
 
 
+def departure(config: Config) -> str | None:
+    """What is said of a run that computes something else than diffusers would; None of others."""
+    if not config.attention.mask_padding_tokens:
+        return None
+    return (
+        "attention.mask_padding_tokens=true: cross-attention passes over what follows a caption's "
+        "end, which diffusers attends to; its pictures of an export of this run will be others"
+    )
+
+
 def bold_rate(config: Config) -> str | None:
     """What is said of an optimizer whose learning rates are not AdamW's; None where they are."""
     if config.optimizer.kind is not OptimizerKind.lion:

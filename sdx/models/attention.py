@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from sdx.models.layers import Conv2d, GroupNorm, LayerNorm, Linear, Numerics, contract
 
@@ -51,8 +51,12 @@ def dot_product_attention(
     upcast: bool,
     precision: jax.lax.Precision,
     is_causal: bool = False,
+    present: Bool[Array, "b t"] | None = None,
 ) -> Float[Array, "b s h d"]:
-    """Attention written out (arXiv 1706.03762, equation 1); holds all s x t weights."""
+    """Attention written out (arXiv 1706.03762, equation 1); holds all s x t weights.
+
+    Keys that are not `present` count for nothing.
+    """
     dtype, scale = query.dtype, query.shape[-1] ** -0.5
     if upcast:
         query, key = query.astype(jnp.float32), key.astype(jnp.float32)
@@ -62,6 +66,8 @@ def dot_product_attention(
     if is_causal:
         visible = jnp.tril(jnp.ones(logits.shape[-2:], bool))
         logits = jnp.where(visible, logits, jnp.finfo(jnp.float32).min)
+    if present is not None:
+        logits = jnp.where(present[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(dtype)
     return jnp.einsum("bhst,bthd->bshd", weights, value, precision=precision)
 
@@ -135,7 +141,10 @@ _one_head.defvjp(_one_head_forward, _one_head_backward)
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of `x` over `context` (over itself where none is given)."""
+    """Multi-head attention of `x` over `context` (over itself where none is given).
+
+    With `skips_absent` a row of zeros in the context is a token that is not there.
+    """
 
     def __init__(
         self,
@@ -147,8 +156,10 @@ class Attention(nnx.Module):
         attention: AttentionFn,
         numerics: Numerics,
         rngs: nnx.Rngs,
+        skips_absent: bool = False,
     ):
         common: dict[str, Any] = {"numerics": numerics, "rngs": rngs}
+        self.skips_absent = skips_absent
         self.to_q = Linear(features, features, use_bias=False, **common)
         self.to_k = Linear(context_features, features, use_bias=False, **common)
         self.to_v = Linear(context_features, features, use_bias=False, **common)
@@ -166,7 +177,11 @@ class Attention(nnx.Module):
             split_heads(y, self.num_heads)
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        y = self.attention(query, key, value, upcast=self.upcast, precision=self.precision)
+        attention = self.attention
+        if self.skips_absent:  # the plain products, whatever the kernel: captions are short
+            present = jnp.any(context != 0, axis=-1)
+            attention = partial(dot_product_attention, present=present)
+        y = attention(query, key, value, upcast=self.upcast, precision=self.precision)
         return self.to_out[0](y.reshape(x.shape))
 
 
@@ -216,6 +231,7 @@ class TransformerBlock(nnx.Module):
         attention: AttentionFn,
         numerics: Numerics,
         rngs: nnx.Rngs,
+        skips_absent: bool = False,
     ):
         common: dict[str, Any] = {
             "num_heads": num_heads,
@@ -227,7 +243,9 @@ class TransformerBlock(nnx.Module):
         self.norm1 = LayerNorm(features, numerics=numerics)
         self.attn1 = Attention(features, context_features=features, **common)
         self.norm2 = LayerNorm(features, numerics=numerics)
-        self.attn2 = Attention(features, context_features=context_features, **common)
+        self.attn2 = Attention(
+            features, context_features=context_features, skips_absent=skips_absent, **common
+        )
         self.norm3 = LayerNorm(features, numerics=numerics)
         self.ff = FeedForward(features, numerics=numerics, rngs=rngs)
 
@@ -258,6 +276,7 @@ class SpatialTransformer(nnx.Module):
         attention: AttentionFn,
         numerics: Numerics,
         rngs: nnx.Rngs,
+        skips_absent: bool = False,
     ):
         def projection() -> Linear | Conv2d:
             if use_linear_projection:
@@ -274,6 +293,7 @@ class SpatialTransformer(nnx.Module):
             attention=attention,
             numerics=numerics,
             rngs=rngs,
+            skips_absent=skips_absent,
         )
         self.transformer_blocks = nnx.List([block])
         self.proj_out = projection()

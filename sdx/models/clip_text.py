@@ -41,8 +41,10 @@ class CLIPTextModel(nnx.Module):
         param_dtype: DTypeLike,
         precision: jax.lax.Precision,
         rngs: nnx.Rngs,
+        marks_padding: bool = False,
     ):
         numerics = Numerics(dtype, param_dtype, precision)
+        self.marks_padding = marks_padding
         self.embeddings = Embeddings(config, numerics=numerics, rngs=rngs)
         self.encoder = Encoder(config, is_causal=True, numerics=numerics, rngs=rngs)
         self.final_layer_norm = LayerNorm(
@@ -50,8 +52,17 @@ class CLIPTextModel(nnx.Module):
         )
 
     def __call__(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s d"]:
-        """`context`: a state for each token, after the final LayerNorm; padding is not masked."""
-        return self.final_layer_norm(self.encoder(self.embeddings(tokens)))
+        """`context`: a state for each token, after the final LayerNorm; padding is not masked.
+
+        With `marks_padding` the states past the first end-of-text, which has the highest id as in
+        CLIP's pooling, are zeros: no state that was normalised is.
+        """
+        states = self.final_layer_norm(self.encoder(self.embeddings(tokens)))
+        if not self.marks_padding:
+            return states
+        ends = jnp.argmax(tokens, axis=1)
+        is_text = jnp.arange(tokens.shape[1])[None] <= ends[:, None]
+        return jnp.where(is_text[..., None], states, 0)
 
 
 class Embeddings(nnx.Module):

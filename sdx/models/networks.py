@@ -29,9 +29,14 @@ def make_networks(
     dtype: str,
     remat: Remat = Remat.none,
     trains_text_encoder: bool = False,
+    mask_padding_tokens: bool = False,
 ) -> Networks:
     """The networks that `model` describes, computing in `dtype`; frozen ones are stored in
-    float32."""
+    float32.
+
+    With `mask_padding_tokens` the text encoder marks states past the end of the text, and the
+    UNet's cross-attention passes over them.
+    """
     precision = jax.lax.Precision[model.matmul_precision.name.upper()]
     common = {"dtype": jnp.dtype(dtype), "precision": precision}
     weights = jnp.dtype(model.weights_dtype.name)
@@ -42,6 +47,7 @@ def make_networks(
                 attention=attention,
                 param_dtype=weights,
                 remat=remat,
+                skips_absent=mask_padding_tokens,
                 rngs=rngs,
                 **common,
             )
@@ -55,6 +61,7 @@ def make_networks(
             lambda rngs: CLIPTextModel(
                 model.text_encoder,
                 param_dtype=weights if trains_text_encoder else jnp.float32,
+                marks_padding=mask_padding_tokens,
                 rngs=rngs,
                 **common,
             )

@@ -43,9 +43,10 @@ class UNet2DConditionModel(nnx.Module):
         precision: jax.lax.Precision,
         remat: Remat,
         rngs: nnx.Rngs,
+        skips_absent: bool = False,
     ):
         numerics = Numerics(dtype, param_dtype, precision)
-        parts = _Parts(config, attention, numerics, remat, rngs)
+        parts = _Parts(config, attention, numerics, remat, rngs, skips_absent)
         widths = config.block_out_channels
         heads = [
             count if kind is DownBlock.CrossAttnDownBlock2D else None
@@ -238,8 +239,10 @@ class _Parts:
         numerics: Numerics,
         remat: Remat,
         rngs: nnx.Rngs,
+        skips_absent: bool,
     ):
         self.config = config
+        self.skips_absent = skips_absent
         self.attention_fn = attention
         self.numerics = numerics
         self.remat = remat
@@ -268,6 +271,7 @@ class _Parts:
             attention=self.attention_fn,
             numerics=self.numerics,
             rngs=self.rngs,
+            skips_absent=self.skips_absent,
         )
 
 

@@ -259,6 +259,7 @@ def networks_of(config: Config, mesh: Mesh) -> Networks:
         dtype=resolve.activations_dtype(config),
         remat=config.train.remat,
         trains_text_encoder=config.train.text_encoder,
+        mask_padding_tokens=config.attention.mask_padding_tokens,
     )
 
 

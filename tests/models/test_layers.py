@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from sdx.config.schema import AttentionKind, Platform
+from sdx.config.schema import AttentionConfig, AttentionKind, Platform
 from sdx.models.attention import (
     AttentionFn,
     dot_product_attention,
     per_head_attention,
-    select_attention,
 )
+from sdx.models.attention_choice import select_attention
 from sdx.models.clip_text import exact_gelu, quick_gelu
 from sdx.models.layers import (
     Conv2d,
@@ -159,4 +159,5 @@ def test_activations() -> None:
 @pytest.mark.parametrize("platform", Platform)
 @pytest.mark.parametrize("kind", AttentionKind)
 def test_every_attention_kind_has_a_function(kind: AttentionKind, platform: Platform) -> None:
-    assert callable(select_attention(kind, platform))
+    config = AttentionConfig(kind=kind)
+    assert callable(select_attention(config, platform, dtype="bfloat16"))

@@ -21,7 +21,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from sdx.models.attention import select_attention
+from sdx.models.attention_choice import select_attention
 from sdx.models.module import flat
 from sdx.models.networks import Networks, make_networks
 from sdx.weights.configs import check_model
@@ -107,7 +107,7 @@ def test_true_sizes(answers_and_folder: tuple[Answers, Path]) -> None:
     config = quick(["model=sd21"])
     files = open_model(str(folder))
     check_model(files, config.model, COMPONENTS)
-    attention = select_attention(config.attention.kind, config.hardware.platform)
+    attention = select_attention(config.attention, config.hardware.platform, dtype="float32")
     networks = make_networks(config.model, attention=attention, dtype="float32")
     for component, compute in (("unet", _unet), ("vae", _vae), ("text_encoder", _text_encoder)):
         for name, ours in compute(files, networks).items():
