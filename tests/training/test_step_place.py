@@ -17,6 +17,7 @@ import pytest
 from sdx.record import store
 from sdx.record.scratch import scratch_folder
 from sdx.record.store import ObjectPath, StoreError, as_path, upload
+from sdx.training import step_place
 from sdx.training.checkpoint import Checkpointer, NoValidCheckpoint, restore_params
 from tests.training.test_checkpoint import (
     ABSTRACT,
@@ -156,6 +157,22 @@ def test_a_store_in_trouble_is_no_damage(
         restore(folder)
     found = restore(folder)
     assert found is not None and found[0] == 20
+
+
+def test_rows_on_their_way_arrive_before_the_step(
+    folder: ObjectPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run that goes on from it would lack them."""
+    flushed = []
+
+    def flush() -> None:
+        flushed.append((folder / "25" / "manifest.json").exists())
+
+    monkeypatch.setattr(step_place, "flush", flush)
+    checkpointer = Checkpointer(folder, keep=2, say=_say_nothing)
+    checkpointer.save(25, _state(25))
+    checkpointer.close()
+    assert flushed == [False] and checkpointer.steps() == [20, 25]
 
 
 def test_what_does_not_arrive_makes_no_step(
