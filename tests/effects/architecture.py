@@ -49,7 +49,8 @@ def stored_types(case: Case) -> set[str]:
 def latent_side(case: Case) -> int:
     """Latents on one side of a picture of 16 pixels."""
     program = case.program
-    return program.encode.eval_shape(program.abstract_frozen, program.abstract_batch)[0].shape[1]
+    encode: Any = program.encode
+    return encode.eval_shape(program.abstract_frozen, program.abstract_batch)[0].shape[1]
 
 
 def timestep_features(case: Case) -> list[float]:

@@ -42,7 +42,9 @@ def found(case: Case) -> bool:
 
 def num_views(case: Case) -> int:
     """Of each image, in the cache that would be made."""
-    return encoding.prepare(case.config).key.parts["views"]
+    views = encoding.prepare(case.config).key.parts["views"]
+    assert isinstance(views, int)
+    return views
 
 
 EFFECTS = [

@@ -17,6 +17,7 @@ from sdx.data.hub import Repository
 from sdx.data.loader import HostBatch, Loader, make_loader
 from sdx.data.source import DataError, Example, Source
 from sdx.data.sources import open_source
+from sdx.experiment.setup import open_buckets
 from tests.effects.effect import Case, Effect
 from tests.effects.files import HEIGHT, SHADES, WIDTH
 
@@ -103,7 +104,15 @@ def loader(case: Case, examples: Source | None = None) -> Loader:
         seed=case.config.run.seed,
         global_batch_size=4,
         resolution=resolve.resolution(case.config),
+        buckets=open_buckets(case.config, source(case)),
     )
+
+
+def shape(case: Case) -> tuple[int, ...]:
+    """Of the images of a batch."""
+    images = batches(case, 1)[0].images
+    assert images is not None
+    return images.shape[1:3]
 
 
 def columns(case: Case) -> list[tuple[int, bool]]:
@@ -242,6 +251,14 @@ EFFECTS = [
         given=("data=imagefolder", "data.dir={files}/damaged"),
     ),
     Effect("data.max_pixels", "1000", size, 6, 5, given=FOLDER),
+    Effect(
+        "data.buckets",
+        "true",
+        shape,
+        (32, 32),
+        (24, 48),  # two to one, of about as many pixels, in steps of 8
+        given=(*FOLDER, "data.resolution=32"),
+    ),
     Effect("data.num_workers", "1", num_processes, 0, 1),
     Effect(
         "data.worker_timeout_s",

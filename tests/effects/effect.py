@@ -7,7 +7,7 @@ shape, a name: something that can be told beforehand.
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sdx.config import resolve
 from sdx.config.check import check, check_given
 from sdx.config.folders import CONF
 from sdx.config.overrides import inspect
-from sdx.config.schema import Config
+from sdx.config.schema import Config, Platform
 from sdx.experiment.setup import Setup, prepare
 from sdx.parallel.mesh import make_mesh
 from sdx.training.program import Program, build
@@ -95,9 +95,10 @@ class Case:
 
     @cached_property
     def mesh(self) -> Mesh:
-        """Over as many virtual devices as the hardware says."""
-        count = self.config.hardware.num_devices or 1
-        return make_mesh(self.config.mesh, self.config.hardware, jax.devices()[:count])
+        """Over as many virtual devices as the hardware says, whatever else it says."""
+        hardware = replace(self.config.hardware, platform=Platform.cpu, device_kind=None)
+        count = hardware.num_devices or 1
+        return make_mesh(self.config.mesh, hardware, jax.devices()[:count])
 
     @cached_property
     def program(self) -> Program:

@@ -75,7 +75,8 @@ def _make_pictures(folder: Path) -> None:
     columns = np.broadcast_to(np.arange(WIDTH, dtype=np.uint8)[None, :, None], (HEIGHT, WIDTH, 3))
     rows = []
     for index, caption in enumerate(CAPTIONS):
-        picture = Image.fromarray(columns * np.uint8([8, 0, 0]) + np.uint8([0, 0, index]))
+        ramp, own = np.array([8, 0, 0], np.uint8), np.array([0, 0, index], np.uint8)
+        picture = Image.fromarray(columns * ramp + own)
         size = 2 if index == len(CAPTIONS) - 1 else 1
         picture = picture.resize((size * WIDTH, size * HEIGHT), Image.Resampling.NEAREST)
         picture.save(folder / f"{index}.png")

@@ -26,7 +26,7 @@ def on_a_device(case: Case) -> dict[str, float]:
     middle = program.abstract_state.params["unet"]["mid_block"]
     product = middle["attentions"]["0"]["transformer_blocks"]["0"]["attn1"]["to_q"]["kernel"]
     convolution = middle["resnets"]["0"]["conv1"]["kernel"]
-    arrays = {"batch": program.abstract_batch.images, "conv": convolution, "to_q": product}
+    arrays = {"batch": images(case), "conv": convolution, "to_q": product}
     return {
         name: prod(one.sharding.shard_shape(one.shape)) / one.size for name, one in arrays.items()
     }
@@ -51,9 +51,14 @@ def planned(label: str) -> Observer:
     return observe
 
 
+def images(case: Case) -> Any:
+    """Of one update, as shapes."""
+    return case.program.abstract_batch.images
+
+
 def batch_size(case: Case) -> int:
     """Examples of one update."""
-    return case.program.abstract_batch.images.shape[0]
+    return images(case).shape[0]
 
 
 def passes(case: Case) -> list[int]:

@@ -9,6 +9,7 @@ from tests.effects import (
     architecture,
     cached,
     data,
+    kernels,
     noising,
     pictures,
     place,
@@ -22,6 +23,7 @@ TABLE: list[Effect] = [
     *architecture.EFFECTS,
     *cached.EFFECTS,
     *data.EFFECTS,
+    *kernels.EFFECTS,
     *noising.EFFECTS,
     *pictures.EFFECTS,
     *place.EFFECTS,
@@ -31,10 +33,7 @@ TABLE: list[Effect] = [
 ]
 
 
-PENDING = {
-    **{path: "the kernels are being written" for path in leaves() if path.startswith("attention.")},
-    "data.buckets": "being written",
-}
+PENDING: dict[str, str] = {}
 """Keys without a row, and why."""
 
 

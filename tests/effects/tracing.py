@@ -101,7 +101,7 @@ def _traced(networks: Any, name: str, inputs: Any) -> list[Any]:
     one, method = getattr(networks, name), "encode" if name == "vae" else "__call__"
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in inputs]
     traced = jax.make_jaxpr(lambda *args: one.apply(*args, method=method))
-    return list(_operations(traced(one.abstract(), *arrays).jaxpr))
+    return list(operations(traced(one.abstract(), *arrays).jaxpr))
 
 
 def _inputs(case: Case, name: str) -> tuple[tuple[tuple[int, ...], Any], ...]:
@@ -116,8 +116,8 @@ def _inputs(case: Case, name: str) -> tuple[tuple[tuple[int, ...], Any], ...]:
     }[name]
 
 
-def _operations(jaxpr: Any) -> Iterator[Any]:
+def operations(jaxpr: Any) -> Iterator[Any]:
     for operation in jaxpr.eqns:
         yield operation
         for below in jaxprs_in_params(operation.params):
-            yield from _operations(below)
+            yield from operations(below)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from pytest import approx
 
 from sdx.training.state import TrainState, initial_state
@@ -73,12 +74,12 @@ def rates(*counts: int) -> Observer:
 
 
 def weight(params: Any, network: str = "unet") -> float:
-    return float(params[network]["w"][0])
+    return float(np.asarray(params[network]["w"])[0])
 
 
-def near(*numbers: float) -> Any:
+def near(first: float, *others: float) -> Any:
     """Numbers as float32 holds them."""
-    return approx(list(numbers) if len(numbers) > 1 else numbers[0], rel=1e-4, abs=1e-6)
+    return approx([first, *others] if others else first, rel=1e-4, abs=1e-6)
 
 
 CLIP_OFF = ("optimizer.max_grad_norm=null",)

@@ -75,7 +75,8 @@ def scaling_factor(case: Case) -> float | str:
 
 def side(case: Case) -> tuple[int, ...]:
     """Of training images."""
-    return case.program.abstract_batch.images.shape[1:3]
+    images: Any = case.program.abstract_batch.images
+    return images.shape[1:3]
 
 
 def saved_and_read(case: Case) -> str:
