@@ -291,7 +291,12 @@ class Attempt:
         """Which kernel computes what, by queries x keys: said, and kept in run.json."""
         config = self.setup.config
         side = resolve.resolution(config) // resolve.vae_factor(config)
-        chosen = describe_attention(attention_of(config, self.setup.mesh), config.model, side)
+        chosen = describe_attention(
+            attention_of(config, self.setup.mesh),
+            config.model,
+            side,
+            mask_padding_tokens=config.attention.mask_padding_tokens,
+        )
         self.record.update(attention=chosen)
         sizes = {
             name: [size for size in chosen if chosen[size] == name] for name in chosen.values()

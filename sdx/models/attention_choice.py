@@ -71,7 +71,9 @@ def refusal(kind: AttentionKind, head_dim: int, dtype: str) -> str | None:
     return None
 
 
-def describe(attention: AttentionFn, model: ModelConfig, side: int) -> dict[str, str]:
+def describe(
+    attention: AttentionFn, model: ModelConfig, side: int, *, mask_padding_tokens: bool = False
+) -> dict[str, str]:
     """What computes each attention of `model` over latents of `side` by `side`, by its sizes."""
     unet, num_tokens = model.unet, model.text_encoder.max_position_embeddings
     levels = list(
@@ -83,7 +85,8 @@ def describe(attention: AttentionFn, model: ModelConfig, side: int) -> dict[str,
             continue  # the middle attends at the last level, whatever its own blocks do
         pixels, head_dim = (side >> level) ** 2, channels // heads
         chosen[f"{pixels} x {pixels}"] = _name(attention, pixels, pixels, head_dim)
-        chosen[f"{pixels} x {num_tokens}"] = _name(attention, pixels, num_tokens, head_dim)
+        over_caption = dot_product_attention if mask_padding_tokens else attention
+        chosen[f"{pixels} x {num_tokens}"] = _name(over_caption, pixels, num_tokens, head_dim)
     return chosen
 
 
