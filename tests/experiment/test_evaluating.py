@@ -113,6 +113,6 @@ def test_what_goes_together_is_taken() -> None:
     check_request(Request("run"), Kind.run)
     check_request(Request("pictures", clip=Path("c")), Kind.pictures)
     check_request(Request("run", adherence=3, steps=4), Kind.run)
-    statistics = {"inception": Path("i"), "save_statistics": Path("s")}
-    check_request(Request("pictures", **statistics), Kind.pictures)
+    saved = Request("pictures", inception=Path("i"), save_statistics=Path("s"))
+    check_request(saved, Kind.pictures)
     check_request(Request("model", clip=Path("c"), prompts=Path("p"), model="sd21"), Kind.model)
