@@ -18,7 +18,7 @@ from sdx.experiment.setup import prepare
 from sdx.experiment.unet_checkpoint import open_unet_checkpoint
 from sdx.pipeline import load
 from sdx.record.files import read_json
-from sdx.record.lock import RefusedStart, is_held
+from sdx.record.lock import RefusedStart, RunLock, RunLocked, is_held
 from sdx.record.metrics import read_metrics
 from sdx.record.parts import read_parts
 from sdx.record.paths import RunPaths
@@ -76,10 +76,10 @@ def runs(
     said = [process.communicate()[0]]
     assert process.returncode == -signal.SIGKILL
     process = start(command, after=rows(paths)[-1]["step"] + 1, paths=paths)
-    code, output = command.run(*RUN, f"run.output_dir={paths.root.parent}")
-    assert code == 2 and f"in use by process {process.pid}" in output
+    with pytest.raises(RunLocked, match=f"in use by process {process.pid}"):
+        RunLock(paths.lock).acquire()
     process.send_signal(signal.SIGTERM)
-    said += [output, process.communicate(timeout=120)[0]]
+    said += [process.communicate(timeout=120)[0]]
     assert process.returncode == 75, said
     status = read_json(paths.status) or {}
     assert status["status"] == "interrupted" and not is_held(paths.lock)
