@@ -2,7 +2,7 @@
 
 import re
 
-MASK = "***"
+MASK = "REDACTED"  # a plain word in YAML too: `***` would be an alias there
 
 # Each pattern keeps its named group `keep` and loses the rest. They must leave ordinary words alone
 # (`num_tokens`, a prompt about a standard bearer): redacted text is also what a run is resumed
@@ -19,7 +19,7 @@ _SECRETS = (
 
 
 def redact(text: str) -> str:
-    """`text` with `***` for access tokens, key ids, bearer tokens and the user part of URLs."""
+    """`text` with `MASK` for access tokens, key ids, bearer tokens and the user part of URLs."""
     for secret in _SECRETS:
         text = secret.sub(lambda match: (match.groupdict().get("keep") or "") + MASK, text)
     return text

@@ -5,6 +5,7 @@ from enum import Enum
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from sdx.record.files import DamagedRecord, read_json, write_json, write_text
 from sdx.record.redact import redact
@@ -58,12 +59,12 @@ TOKEN = "hf_" + "aB3" * 11
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (f"export HF_TOKEN={TOKEN} now", "export HF_TOKEN=*** now"),
-        (f'["model.token={TOKEN}"]', '["model.token=***"]'),
-        ("key AKIAIOSFODNN7EXAMPLE.", "key ***."),
-        ("Authorization: Bearer abc.DEF-123_456~789/+=", "Authorization: Bearer ***"),
-        ("https://me:p%40ss@host.org/x?a=b", "https://***@host.org/x?a=b"),
-        ("s3://token@bucket/key", "s3://***@bucket/key"),
+        (f"export HF_TOKEN={TOKEN} now", "export HF_TOKEN=REDACTED now"),
+        (f'["model.token={TOKEN}"]', '["model.token=REDACTED"]'),
+        ("key AKIAIOSFODNN7EXAMPLE.", "key REDACTED."),
+        ("Authorization: Bearer abc.DEF-123_456~789/+=", "Authorization: Bearer REDACTED"),
+        ("https://me:p%40ss@host.org/x?a=b", "https://REDACTED@host.org/x?a=b"),
+        ("s3://token@bucket/key", "s3://REDACTED@bucket/key"),
         ("https://host.org/~me/a@b", "https://host.org/~me/a@b"),
         ("num_tokens=77 token_ids hf_hub", "num_tokens=77 token_ids hf_hub"),
         ("a bearer standing in the snow", "a bearer standing in the snow"),
@@ -76,6 +77,11 @@ def test_secrets_go_and_words_stay(text: str, expected: str) -> None:
     assert redact(redact(text)) == expected
 
 
+def test_a_blotted_secret_leaves_yaml_that_can_be_read(tmp_path: Path) -> None:
+    write_text(tmp_path / "config.yaml", f"tags:\n- {TOKEN}\nname: {TOKEN}\n")
+    assert OmegaConf.load(tmp_path / "config.yaml") == {"tags": ["REDACTED"], "name": "REDACTED"}
+
+
 def test_what_is_written_is_redacted_and_still_json(tmp_path: Path) -> None:
     write_json(tmp_path / "a", {"argv": [f"--token={TOKEN}", "https://u:p@h/"], "n": 1})
-    assert read_json(tmp_path / "a") == {"argv": ["--token=***", "https://***@h/"], "n": 1}
+    assert read_json(tmp_path / "a") == {"argv": ["--token=REDACTED", "https://REDACTED@h/"], "n": 1}

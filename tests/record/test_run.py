@@ -208,7 +208,7 @@ def test_no_secret_reaches_the_folder(paths: RunPaths, monkeypatch: pytest.Monke
     for name, content in _tree(paths.root).items():
         assert TOKEN.encode() not in content, name
         assert b"canary-value" not in content or name.endswith(".patch"), name
-    assert _run(paths)["parent"] == "https://***@host/run@5"
+    assert _run(paths)["parent"] == "https://REDACTED@host/run@5"
 
 
 def test_record_imports_neither_jax_nor_numpy() -> None:
