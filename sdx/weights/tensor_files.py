@@ -169,7 +169,7 @@ class Renamed:
     names: dict[str, str]
 
     @property
-    def path(self) -> Path:
+    def path(self) -> AnyPath:
         return self.tensors.path
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
