@@ -1,6 +1,7 @@
 """A configuration of a peer, pasted: every line is answered at once, with what can be typed."""
 
 import re
+from collections.abc import Sequence
 from functools import cache
 
 import pytest
@@ -164,7 +165,7 @@ MODELS = {MAXDIFFUSION: "model=sd21", DIFFUSERS: "model=sd15"}
 NAMES = {MAXDIFFUSION: MAXDIFFUSION_KEYS, DIFFUSERS: DIFFUSERS_ARGUMENTS}
 
 
-def problems(arguments: list[str]) -> list[Problem]:
+def problems(arguments: Sequence[str]) -> list[Problem]:
     """What one command says to all of them."""
     parsed = parse_arguments(arguments)
     try:

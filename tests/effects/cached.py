@@ -5,7 +5,7 @@ from contextlib import redirect_stdout
 from functools import cache
 
 from sdx.data.source import DataError
-from sdx.experiment import encoding
+from sdx.experiment.encoding import encoding
 from sdx.experiment.setup import prepare
 from tests.effects.data import batches
 from tests.effects.effect import Case, Effect

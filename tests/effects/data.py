@@ -11,12 +11,12 @@ import pytest
 from pytest import approx
 
 from sdx.config import resolve
-from sdx.data import huggingface, plugins
 from sdx.data.adherence import parse_caption
-from sdx.data.hub import Repository
 from sdx.data.loader import HostBatch, Loader, make_loader
 from sdx.data.source import DataError, Example, Source
-from sdx.data.sources import open_source
+from sdx.data.sources import huggingface, plugins
+from sdx.data.sources.hub import Repository
+from sdx.data.sources.open import open_source
 from sdx.experiment.setup import open_buckets
 from tests.effects.effect import Case, Effect
 from tests.effects.files import HEIGHT, SHADES, WIDTH

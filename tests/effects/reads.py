@@ -13,14 +13,13 @@ from sdx.config.leaves import groups, leaves
 from sdx.config.schema import Config
 
 # They read every key alike, or only to say whether it may be as it is.
-IGNORED = ("check", "check_cache", "check_data", "identity", "leaves", "schema")
+IGNORED = ("sdx.config.check", "sdx.config.identity._", "sdx.config.leaves", "sdx.config.schema")
 
 
 @contextmanager
 def recorded() -> Iterator[set[str]]:
     """The keys that sdx reads while the block runs; what copies, compares, saves or checks whole
     configurations does not count."""
-    ignored = {f"sdx.config.{name}" for name in IGNORED}
     places: dict[type, list[str]] = {}
     for path, cls in {"": Config, **groups()}.items():
         places.setdefault(cls, []).append(path)
@@ -41,8 +40,9 @@ def recorded() -> Iterator[set[str]]:
         if dataclasses.is_dataclass(value):
             object.__getattribute__(value, "__dict__")["_place"] = path
         caller = _caller(sys._getframe(1))
-        if prefix is not None and path in leaves() and caller.startswith("sdx."):
-            found.update({path} if caller not in ignored else ())
+        counts = caller.startswith("sdx.") and not caller.startswith(IGNORED)
+        if counts and prefix is not None and path in leaves():
+            found.add(path)
         return value
 
     with pytest.MonkeyPatch.context() as patch:
@@ -52,8 +52,8 @@ def recorded() -> Iterator[set[str]]:
 
 
 def _caller(frame: FrameType) -> str:
-    """The module that wants to know; resolve.py asks for others."""
+    """The function that wants to know, and its module; resolve.py asks for others."""
     asked: FrameType | None = frame
     while asked is not None and asked.f_globals.get("__name__") == "sdx.config.resolve":
         asked = asked.f_back
-    return "" if asked is None else asked.f_globals.get("__name__", "")
+    return "" if asked is None else f"{asked.f_globals.get('__name__')}.{asked.f_code.co_name}"

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from sdx.config.leaves import leaves
 from sdx.planning.estimate import estimate
 from sdx.planning.report import render
+from tests.effects.data import source
 from tests.effects.effect import Case
+from tests.effects.kernels import long_attention
 from tests.effects.reads import recorded
-from tests.effects.runs import CHANGED, FORK, PLAIN, finished
+from tests.effects.runs import CHANGED, FORK, PLAIN, finished, wandb_run
 
 RUNS = (PLAIN, (*PLAIN, *CHANGED), (*PLAIN, *FORK))
 # What is read only where something else is chosen, up to where a run would compile.
@@ -23,6 +25,8 @@ STARTS = (
     ("data=imagefolder", "data.dir={files}/pictures", "data.resolution=null"),
     ("data=parquet", "data.dir={files}/tables"),
     ("data=huggingface", "data.dir={files}/tables", "data.config=large"),
+    ("data=plugin", "data.plugin=one"),
+    ("hardware.platform=tpu", "attention=splash"),
 )
 ELSEWHERE = {
     "schema_version": "read from the saved file, before there is a configuration",
@@ -35,13 +39,12 @@ def test_every_key_is_read(case: Callable[[Sequence[str]], Case]) -> None:
     for overrides in STARTS:
         with recorded() as found:
             start = case([*overrides, "run.name=start"])  # a case of its own
-            rates = start.program.rule.rates.values()
-            assert start.setup is not None and [rate(jnp.int32(0)) for rate in rates]
+            render(estimate(start.config))
+            assert len(source(start)) > 0 and long_attention(start) and wandb_run(start)
+            assert [rate(jnp.int32(0)) for rate in start.program.rule.rates.values()]
         read |= found
-    with recorded() as found:
-        render(estimate(case(()).config))
-    read |= found
-    assert [path for path in leaves() if path not in read | ELSEWHERE.keys()] == []
+    unread = [path for path in leaves() if path not in read | ELSEWHERE.keys()]
+    assert unread == [], unread
     assert read & ELSEWHERE.keys() == set()
 
 
