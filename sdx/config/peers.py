@@ -40,9 +40,18 @@ class Row:
     def text(self) -> str:
         """The outcome in one line, for the documentation."""
         if self.outcome is Outcome.key:
-            return f"`{self.target}`" + (f" ({self.note})" if self.note else "")
+            remarks = "; ".join(part for part in (self.note, self._translations) if part)
+            return f"`{self.target}`" + (f" ({remarks})" if remarks else "")
         target = f": `{self.target}`" if self.target else ""
         return self.outcome.value + target + (f": {self.note}" if self.note else "")
+
+    @property
+    def _translations(self) -> str:
+        """Values that are spelled otherwise here."""
+        pairs = (
+            (theirs, ours) for theirs, ours in self.values.items() if theirs and ours != theirs
+        )
+        return ", ".join(f"{theirs} → {ours}" for theirs, ours in pairs)
 
 
 def answer(name: str, got: str | None) -> tuple[str, str] | None:
