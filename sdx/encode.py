@@ -22,7 +22,7 @@ def with_cache(config: Config) -> Config:
 
 def encode(config: Config, overrides: list[str]) -> int:
     """Makes the cache; JAX is imported here, after every check that needs none."""
-    from sdx.experiment import encoding
+    from sdx.experiment.encoding import encoding
 
     return encoding.encode(config, overrides)
 

@@ -23,9 +23,9 @@ PATHS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints what was found; exit code 0, 2 for bad input, 1 where disk or store failed."""
     arguments = vars(_parser().parse_args(argv))
-    from sdx.experiment import evaluating  # after --help: it imports JAX
-    from sdx.experiment.evaluation_request import Request
-    from sdx.experiment.evaluation_table import table
+    from sdx.experiment.evaluation import evaluating  # after --help: it imports JAX
+    from sdx.experiment.evaluation.request import Request
+    from sdx.experiment.evaluation.table import table
 
     wants_json = arguments.pop("json")
     try:

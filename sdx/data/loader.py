@@ -11,7 +11,7 @@ from jaxtyping import Float16, Float32, Int32, Int64, UInt8
 from sdx.config.schema import DataConfig
 from sdx.data.ahead import Ahead, Overdue
 from sdx.data.buckets import Buckets
-from sdx.data.cached import CachedSource, cached_rows
+from sdx.data.cache.rows import CachedSource, cached_rows
 from sdx.data.captions import choose_caption
 from sdx.data.images import training_image
 from sdx.data.order import BucketOrder, EndlessOrder, Order, Place

@@ -9,8 +9,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdx.data.metadata import TABLES, check_inside, read_caption_file, read_table
 from sdx.data.source import BadImageError, DataError
+from sdx.data.sources.metadata import TABLES, check_inside, read_caption_file, read_table
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 

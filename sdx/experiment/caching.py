@@ -8,10 +8,10 @@ from pathlib import Path
 from sdx.config import resolve
 from sdx.config.check import has_effect
 from sdx.config.schema import Cache, Config
-from sdx.data.cache import CONTEXT, MOMENTS, CacheKey, find_cache
-from sdx.data.cached import CachedContext, CachedMoments, CachedSource, Records
+from sdx.data.cache.records import CONTEXT, MOMENTS, CacheKey, find_cache
+from sdx.data.cache.rows import CachedContext, CachedMoments, CachedSource, Records
+from sdx.data.cache.staging import local_cache
 from sdx.data.source import DataError, Source, first_examples
-from sdx.data.staging import local_cache
 from sdx.record.store import AnyPath, StoreError, as_path
 from sdx.weights.digest import MOMENTS_TENSORS, weights_digest
 from sdx.weights.model_files import ModelFiles

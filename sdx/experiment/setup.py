@@ -22,7 +22,7 @@ from sdx.config.schema import (
 )
 from sdx.data.buckets import Buckets, make_buckets
 from sdx.data.source import DataError, Source
-from sdx.data.sources import open_source
+from sdx.data.sources.open import open_source
 from sdx.data.tokenizer import Tokenizer, load_tokenizer
 from sdx.experiment.adopt import adopt
 from sdx.experiment.caching import training_source

@@ -8,7 +8,7 @@ from sdx.config import resolve
 from sdx.config.check import HELD_OUT
 from sdx.config.schema import Config
 from sdx.data.source import DataError, Source
-from sdx.data.sources import open_source
+from sdx.data.sources.open import open_source
 from sdx.record.paths import RunPaths
 from sdx.record.run import RunRecord
 from sdx.record.validation import BEST, Step, ValidationHistory, best_checkpoint

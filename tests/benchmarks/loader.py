@@ -27,13 +27,13 @@ from sdx import assets
 from sdx.config import resolve
 from sdx.config.compose import compose
 from sdx.config.schema import DataConfig, DataKind
-from sdx.data.cache import CacheIndex, CacheKey, Layout, MomentsRecord, read_shard
-from sdx.data.cached import CachedMoments, CachedSource, Records
+from sdx.data.cache.records import CacheIndex, CacheKey, Layout, MomentsRecord, read_shard
+from sdx.data.cache.rows import CachedMoments, CachedSource, Records
+from sdx.data.cache.shards import ShardWriter
 from sdx.data.images import decode, training_image
 from sdx.data.loader import Loader, make_loader
 from sdx.data.shapes import ShapesSource
-from sdx.data.shards import ShardWriter
-from sdx.data.sources import open_source
+from sdx.data.sources.open import open_source
 from sdx.data.tokenizer import Tokenizer, load_tokenizer
 from sdx.record.files import write_json
 

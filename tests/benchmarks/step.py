@@ -173,7 +173,7 @@ def run_sdx(size: Size, folder: Path, threads: int, steps: int) -> Iterator[Any]
     import jax.numpy as jnp
 
     from sdx.config.schema import (
-        AttentionKind,
+        AttentionConfig,
         DiffusionConfig,
         DownBlock,
         Platform,
@@ -182,7 +182,7 @@ def run_sdx(size: Size, folder: Path, threads: int, steps: int) -> Iterator[Any]
         UNetConfig,
     )
     from sdx.diffusion.objective import make_objective
-    from sdx.models.attention import select_attention
+    from sdx.models.attention_choice import select_attention
     from sdx.models.module import nested, pure
     from sdx.models.unet import UNet2DConditionModel
     from sdx.training.optimizer import adamw
@@ -203,7 +203,7 @@ def run_sdx(size: Size, folder: Path, threads: int, steps: int) -> Iterator[Any]
     unet = pure(
         lambda rngs: UNet2DConditionModel(
             config,
-            attention=select_attention(AttentionKind.auto, Platform.cpu),
+            attention=select_attention(AttentionConfig(), Platform.cpu, dtype="float32"),
             dtype=jnp.float32,
             param_dtype=jnp.float32,
             precision=jax.lax.Precision.DEFAULT,

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from sdx.config.schema import DataConfig, DataKind
-from sdx.data import arrayrecord
+from sdx.data.sources import arrayrecord
 
 
 @dataclass(frozen=True)

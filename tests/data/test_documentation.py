@@ -9,7 +9,7 @@ from PIL import Image
 
 from sdx.config.compose import compose
 from sdx.data.source import Source
-from sdx.data.sources import open_source
+from sdx.data.sources.open import open_source
 
 pytestmark = pytest.mark.usefixtures("own_caches")
 

@@ -19,7 +19,7 @@ from sdx.config.schema import DataConfig, DataKind
 from sdx.data.loader import HostBatch, Loader, make_loader
 from sdx.data.shapes import ShapesSource
 from sdx.data.source import BadImageError, DataError, Example, Source
-from sdx.data.sources import open_source
+from sdx.data.sources.open import open_source
 
 SIDE = 8
 DATA = DataConfig(kind=DataKind.shapes, num_examples=10, max_bad_fraction=0.2)

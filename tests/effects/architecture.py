@@ -213,7 +213,14 @@ EFFECTS = [
         (1, 1, 16, 16),
         along=EIGHT_LATENTS,
     ),
-    Effect(VAE + "block_out_channels", "[8,16,32]", latent_side, 2, 4),
+    Effect(
+        VAE + "block_out_channels",
+        "[8,16,32]",
+        latent_side,
+        2,
+        4,
+        along=("model.resolution=32",),
+    ),
     Effect(VAE + "layers_per_block", "2", count("vae.encoder.down_blocks.0.resnets"), 1, 2),
     Effect(VAE + "norm_num_groups", "2", group_counts("vae"), {1}, {2}),
     Effect(

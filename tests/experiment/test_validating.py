@@ -19,7 +19,7 @@ from PIL import Image
 
 from sdx.config.compose import compose
 from sdx.data.source import DataError
-from sdx.data.sources import open_source
+from sdx.data.sources.open import open_source
 from sdx.experiment.run import Attempt, run
 from sdx.experiment.setup import prepare
 from sdx.experiment.validating import continue_history, named_step, open_validation

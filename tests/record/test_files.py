@@ -84,4 +84,7 @@ def test_a_blotted_secret_leaves_yaml_that_can_be_read(tmp_path: Path) -> None:
 
 def test_what_is_written_is_redacted_and_still_json(tmp_path: Path) -> None:
     write_json(tmp_path / "a", {"argv": [f"--token={TOKEN}", "https://u:p@h/"], "n": 1})
-    assert read_json(tmp_path / "a") == {"argv": ["--token=REDACTED", "https://REDACTED@h/"], "n": 1}
+    assert read_json(tmp_path / "a") == {
+        "argv": ["--token=REDACTED", "https://REDACTED@h/"],
+        "n": 1,
+    }

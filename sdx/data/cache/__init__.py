@@ -1,0 +1,1 @@
+"""Encoded examples on disk: their records, writing and reading them."""

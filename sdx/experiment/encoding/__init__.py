@@ -1,0 +1,1 @@
+"""What `sdx.encode` does: a cache, shard by shard."""

@@ -1,0 +1,1 @@
+"""What `sdx.evaluate` does: losses of runs, scores of pictures."""
