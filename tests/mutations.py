@@ -69,8 +69,8 @@ MUTATIONS = (
     Mutation(
         "text states lack the final LayerNorm",
         "sdx/models/clip_text.py",
-        "return self.final_layer_norm(self.encoder(self.embeddings(tokens)))",
-        "return self.encoder(self.embeddings(tokens))",
+        "states = self.final_layer_norm(self.encoder(self.embeddings(tokens)))",
+        "states = self.encoder(self.embeddings(tokens))",
         (f"{FORWARD}::test_text_states",),
     ),
     Mutation(
@@ -225,8 +225,8 @@ MUTATIONS = (
     Mutation(
         "the first update already has the second's learning rate",
         "sdx/training/optimizer.py",
-        "partial(change, rate(state.count))",
-        "partial(change, rate(count))",
+        "rate(state.count)), *trees)\n\n        changes = jax.tree.map(change_all, rates, mu",
+        "rate(count)), *trees)\n\n        changes = jax.tree.map(change_all, rates, mu",
         ("tests/parity/test_training.py::test_five_updates",),
     ),
     Mutation(
@@ -265,6 +265,62 @@ MUTATIONS = (
         '"prediction_type": prediction_type.name',
         '"prediction_type": "epsilon"',
         ("tests/weights/test_scheduler.py",),
+    ),
+    Mutation(
+        "an epoch's examples come in the order of the epoch before",
+        "sdx/data/order.py",
+        "offset = shuffled(offset, self.length, seed=self.seed, epoch=epoch)",
+        "offset = shuffled(offset, self.length, seed=self.seed, epoch=0)",
+        ("tests/data/test_order.py",),
+    ),
+    Mutation(
+        "what fills the last batch of a bucket counts too",
+        "sdx/data/order.py",
+        "return Places(places, sum(p < len(members) for p in positions))",
+        "return Places(places, len(positions))",
+        ("tests/data/test_order.py",),
+    ),
+    Mutation(
+        "the centre of an image is half a pixel off where halves are rounded up",
+        "sdx/data/images.py",
+        "return round((height - size[0]) / 2), round((width - size[1]) / 2)",
+        "return (height - size[0] + 1) // 2, (width - size[1] + 1) // 2",
+        ("tests/data/test_images.py::test_every_filter_equals_torchvisions_to_the_pixel",),
+    ),
+    Mutation(
+        "every epoch is shown the first view that was cached",
+        "sdx/data/cache/rows.py",
+        "view = epoch % num_views",
+        "view = 0",
+        ("tests/experiment/encoding/test_encoding.py::test_rows_are_those_of_the_pixels",),
+    ),
+    Mutation(
+        "validation measures examples at timesteps of their row, not their own",
+        "sdx/training/evaluation.py",
+        "places = (indices.astype(np.uint64) * _GOLDEN + _HALF) % 2**32",
+        "places = (np.arange(len(indices), dtype=np.uint64) * _GOLDEN + _HALF) % 2**32",
+        ("tests/training/test_evaluation.py",),
+    ),
+    Mutation(
+        "Lion's sign is taken of the average kept, not of the one that looks ahead",
+        "sdx/training/optimizer.py",
+        "jnp.sign(b1 * m + (1 - b1) * g)",
+        "jnp.sign(b2 * m + (1 - b2) * g)",
+        ("tests/training/test_update_rules.py::test_lion_is_its_formula",),
+    ),
+    Mutation(
+        "the end-of-text is ignored with the padding",
+        "sdx/models/clip_text.py",
+        "<= ends[:, None]",
+        "< ends[:, None]",
+        ("tests/models/test_padding.py",),
+    ),
+    Mutation(
+        "FID's covariance divides by n",
+        "sdx/scores/frechet.py",
+        "self._products / (self.count - 1)",
+        "self._products / self.count",
+        ("tests/scores/test_frechet.py",),
     ),
 )
 
