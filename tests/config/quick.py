@@ -17,11 +17,11 @@ from sdx.config.overrides import inspect
 from sdx.config.schema import Config
 
 
-def quick(overrides: Sequence[str]) -> Config:
-    """What `overrides` compose to, unchecked."""
+def quick(overrides: Sequence[str], base: Sequence[str] = ()) -> Config:
+    """What `overrides` compose to, unchecked; keys of `base` are set before."""
     inspected = inspect(overrides, [CONF])
     choices = [f"{group}={option}" for group, option in inspected.choices.items()]
-    node = copy.deepcopy(_composed(tuple(sorted(choices))))
+    node = copy.deepcopy(_composed(tuple(sorted(choices)), tuple(base)))
     for key, value in inspected.values.items():
         OmegaConf.update(node, key, value, force_add=isinstance(value, dict))
     config, problems = typed(node)
@@ -31,6 +31,9 @@ def quick(overrides: Sequence[str]) -> Config:
 
 
 @cache
-def _composed(choices: tuple[str, ...]) -> DictConfig:
+def _composed(choices: tuple[str, ...], base: tuple[str, ...]) -> DictConfig:
     with composing([CONF]):
-        return compose(config_name="config", overrides=list(choices))
+        node = compose(config_name="config", overrides=list(choices))
+    for key, value in inspect(base, [CONF]).values.items():
+        OmegaConf.update(node, key, value)
+    return node

@@ -76,7 +76,7 @@ class Case:
     def config(self) -> Config:
         """Composed of the base and the overrides; `{files}` stands for the folder of files."""
         typed = [text.replace("{files}", str(self.folder.parent)) for text in self.overrides]
-        return quick([*BASE, f"run.output_dir={self.folder}", *typed])
+        return quick([f"run.output_dir={self.folder}", *typed], BASE)
 
     def other(self, overrides: Sequence[str]) -> "Case":
         """The case of other overrides."""
