@@ -3,9 +3,11 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from stat import S_ISREG
 
-from sdx.data.source import DataError
+from sdx.data.source import BadImageError, DataError
 
+_MAX_FILE_BYTES = 1 << 30  # files are read whole
 _KNOWN_SPLITS = ("train", "validation", "test")
 
 
@@ -19,6 +21,30 @@ def existing_folder(folder: Path) -> Path:
             f" or relative to {Path.cwd()}."
         )
     return folder.resolve()
+
+
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Size and modification time; `BadImageError` where there is no such file."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError as error:
+        raise BadImageError("missing", "no such file") from error
+    except OSError as error:
+        raise BadImageError("unreadable", str(error.strerror)) from error
+    if not S_ISREG(stat.st_mode):  # reading a pipe would wait for ever
+        raise BadImageError("unreadable", "not a file")
+    return stat.st_size, stat.st_mtime_ns
+
+
+def read_image_file(path: Path) -> bytes:
+    """The content of a file; `BadImageError` where it cannot be had."""
+    num_bytes, _ = file_stamp(path)
+    if num_bytes > _MAX_FILE_BYTES:
+        raise BadImageError("over-large", f"{num_bytes} > {_MAX_FILE_BYTES} bytes")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadImageError("unreadable", str(error.strerror)) from error
 
 
 def split_files(root: Path, pattern: str | None, suffixes: Iterable[str], split: str) -> list[Path]:

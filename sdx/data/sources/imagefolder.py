@@ -18,18 +18,16 @@ What becomes of what is wrong:
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any
 
 from sdx.data.source import BadImageError, DataError
-from sdx.data.sources.files import existing_folder
+from sdx.data.sources.files import existing_folder, file_stamp, read_image_file
 from sdx.data.sources.metadata import TABLES, Listed, check_inside, read_caption_file, read_table
 
 # Formats sdx does not read are listed too: such an image is reported, not passed over in silence.
 IMAGE_SUFFIXES = tuple(
     ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .heic .heif .jxl".split()
 )
-_MAX_FILE_BYTES = 1 << 30  # files are read whole
 
 
 class ImageFolderRecords:
@@ -70,24 +68,10 @@ class ImageFolderRecords:
 
     def stamp(self, index: int) -> tuple[int, ...]:
         """Size and modification time."""
-        try:
-            stat = self._paths[index].stat()
-        except FileNotFoundError as error:
-            raise BadImageError("missing", "no such file") from error
-        except OSError as error:
-            raise BadImageError("unreadable", str(error.strerror)) from error
-        if not S_ISREG(stat.st_mode):  # reading a pipe would wait for ever
-            raise BadImageError("unreadable", "not a file")
-        return stat.st_size, stat.st_mtime_ns
+        return file_stamp(self._paths[index])
 
     def image(self, index: int) -> bytes:
-        num_bytes, _ = self.stamp(index)
-        if num_bytes > _MAX_FILE_BYTES:
-            raise BadImageError("over-large", f"{num_bytes} > {_MAX_FILE_BYTES} bytes")
-        try:
-            return self._paths[index].read_bytes()
-        except OSError as error:
-            raise BadImageError("unreadable", str(error.strerror)) from error
+        return read_image_file(self._paths[index])
 
     def captions(self, index: int) -> tuple[str, ...]:
         path = self._paths[index]

@@ -6,19 +6,22 @@ limits and colours are those of images.py, as everywhere. It is imported when ta
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdx.data.captions import caption_texts
 from sdx.data.source import BadImageError, DataError
 from sdx.data.sources.columns import IMAGE, TEXT, Columns, check_columns
+from sdx.data.sources.files import file_stamp, read_image_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 SUFFIXES = (".parquet", ".arrow")
 
+_ROWS_AT_ONCE = 10_000
 _VALUES = {"binary": IMAGE, "large_binary": IMAGE, "string": TEXT, "large_string": TEXT}
 
 
@@ -47,6 +50,7 @@ class TableRecords:
         self._captions: list[object] = list(table[columns.caption])
         self._image_root = image_root
         self._stamp = _stamp(files)
+        self._is_elsewhere = list(chain.from_iterable(_are_elsewhere(self._table, columns.image)))
         self.place = place
         self.key = f"tables {sorted(map(str, files))} {columns.image}"
         self.provenance = dict(provenance or {})
@@ -67,27 +71,30 @@ class TableRecords:
         return captions
 
     def stamp(self, index: int) -> tuple[int, ...]:
-        """The same for all rows: that of the files."""
-        return self._stamp
+        """That of the table's files, and of the image's own where the row has only its path."""
+        if not self._is_elsewhere[index]:
+            return self._stamp
+        return *self._stamp, *file_stamp(self._file(self._table[index][self._columns.image]))
 
     def image(self, index: int) -> bytes:
         stored = self._table[index][self._columns.image]
-        content = stored.get("bytes") if isinstance(stored, dict) else stored
-        if content is not None:
-            return content
+        if self._is_elsewhere[index]:
+            return read_image_file(self._file(stored))
+        return stored["bytes"] if isinstance(stored, dict) else stored
+
+    def _file(self, stored: Any) -> Path:
+        """The file whose path a row holds."""
         path = stored.get("path") if isinstance(stored, dict) else None
         if path is None:
             raise BadImageError("missing", f"{self._columns.image} is empty")
-        return self._read(Path(path))
-
-    def _read(self, path: Path) -> bytes:
         root = self._image_root
-        if root is None or not (path := root / path).resolve().is_relative_to(root):
-            raise BadImageError("missing", f"no bytes, only the path of a file elsewhere: {path}")
         try:
-            return path.read_bytes()
-        except OSError as error:
-            raise BadImageError("unreadable", f"{path}: {error.strerror}") from error
+            file = None if root is None else (root / path).resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL
+            raise BadImageError("unreadable", f"{path!r}: {error}") from error
+        if root is None or file is None or not file.is_relative_to(root):
+            raise BadImageError("missing", f"no bytes, only the path of a file elsewhere: {path}")
+        return file
 
 
 def read_files(files: Sequence[Path], place: str) -> "Dataset":
@@ -140,7 +147,8 @@ def _kind(feature: Any) -> str:
     if isinstance(feature, Image):
         return IMAGE
     if isinstance(feature, dict):
-        return IMAGE if {"bytes", "path"} <= set(feature) else "struct"
+        kinds = [_kind(feature.get(name)) for name in ("bytes", "path")]
+        return IMAGE if kinds[0] in (IMAGE, "null") and kinds[1] in (TEXT, "null") else "struct"
     if isinstance(feature, List):
         inner = _kind(feature.feature)
         return TEXT if inner == TEXT else f"list of {inner}"
@@ -157,6 +165,16 @@ def _with_bytes(table: "Dataset", image_column: str) -> "Dataset":
     if isinstance(table.features[image_column], Image):
         return table.cast_column(image_column, Image(decode=False))
     return table
+
+
+def _are_elsewhere(table: "Dataset", image_column: str) -> Iterator[list[bool]]:
+    """Of each row whether it holds no bytes; those that are there are not read."""
+    batches: Iterator[Any] = table.with_format("arrow").iter(_ROWS_AT_ONCE)
+    for rows in batches:
+        for chunk in rows[image_column].chunks:
+            content = chunk.field("bytes") if hasattr(chunk, "field") else chunk
+            absent = content.is_null().to_pylist()
+            yield [a or b for a, b in zip(absent, chunk.is_null().to_pylist(), strict=True)]
 
 
 def _stamp(files: Sequence[Path]) -> tuple[int, ...]:

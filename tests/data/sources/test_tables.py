@@ -1,5 +1,6 @@
 """Columns of tables: which are missing, which could be meant, and what their cells may hold."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from sdx.config.schema import DataConfig, DataKind
 from sdx.data.source import DataError, Source
 from sdx.data.sources.checked import CheckedSource
 from sdx.data.sources.open import open_source
 from tests.data.sources.test_open import colours
-from tests.data.stored import as_parquet, plain
+from tests.data.stored import as_parquet, encoded, plain
 
 pytestmark = pytest.mark.usefixtures("own_caches")
 
@@ -66,7 +68,47 @@ def test_a_path_in_a_cell_names_a_file_beside_the_table_or_nothing(tmp_path: Pat
     assert colours(source) == [2]
     assert isinstance(source, CheckedSource)
     assert [bad.path for bad in source.bad_images] == ["row 1", "row 2", "row 3", "row 4"]
-    assert [bad.reason for bad in source.bad_images] == ["missing"] * 2 + ["unreadable", "missing"]
+    assert [bad.reason for bad in source.bad_images] == ["missing"] * 4
+
+
+def test_a_changed_image_beside_the_table_is_other_content(tmp_path: Path) -> None:
+    """Else a cache of the old one would be taken for that of the new one."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(IMAGES[0])
+    cells = [{"bytes": IMAGES[1], "path": "b.png"}, {"bytes": None, "path": "a.png"}]
+    config = write(folder, {"image": cells, "text": ["x", "y"]})
+    before = opened(config)
+    assert colours(before) == [1, 0]
+    (folder / "a.png").write_bytes(encoded(Image.new("RGB", (20, 30), (2, 4, 253))))
+    after = opened(config)
+    assert isinstance(after, CheckedSource) and after.sizes.tolist() == [[6, 8], [30, 20]]
+    assert after.fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize("content", [pa.string(), pa.int64()])
+def test_bytes_that_are_none_name_no_file(tmp_path: Path, content: pa.DataType) -> None:
+    """Pillow would open a text as a file's name, and a number as one that is open."""
+    (tmp_path / "secret.png").write_bytes(IMAGES[0])
+    value = str(tmp_path / "secret.png") if content == pa.string() else 3
+    image = pa.StructArray.from_arrays(
+        [pa.array([value], content), pa.array(["x"])], ["bytes", "path"]
+    )
+    message = refusal(write(tmp_path / "data", {"image": image, "text": ["a"]}))
+    assert "data.image_column=image: holds no images" in message
+
+
+def test_hostile_paths_are_bad_images(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / "folder").mkdir(parents=True)
+    (folder / "loop").symlink_to("loop")
+    (folder / "out").symlink_to("/etc/passwd")
+    os.mkfifo(folder / "pipe")
+    paths = ["folder", "loop", "out", "pipe", "a\0b", "", "x" * 300]
+    cells = [{"bytes": IMAGES[0], "path": "x"}, *({"bytes": None, "path": p} for p in paths)]
+    source = opened(write(folder, {"image": cells, "text": ["x"] * len(cells)}))
+    assert isinstance(source, CheckedSource) and colours(source) == [0]
+    assert len(source.bad_images) == len(paths)
 
 
 def test_rows_without_image_or_caption_are_bad(tmp_path: Path) -> None:
