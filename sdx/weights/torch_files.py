@@ -2,17 +2,17 @@
 
 A pickle may name any function to call. The reader here knows a few names (`STORAGES`, `_KNOWN`) and
 refuses a file with any other; it builds nothing but records of where a tensor's numbers
-lie, and checks those against the file. Both of torch's formats are read: the archive of 1.6 and
+lie, which cannot be changed once built, and checks those against the file. Archives that unpack to
+more than they are (torch compresses nothing) are refused. Both of torch's formats are read: the archive of 1.6 and
 later (torch/serialization.py, `_save`), and the row of pickles before it (`_legacy_save`).
 """
 
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-from zipfile import ZipFile, is_zipfile
+from typing import Any, BinaryIO, NamedTuple
+from zipfile import ZIP_STORED, ZipFile, is_zipfile
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,8 +33,7 @@ STORAGES: dict[str, np.dtype[Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class _Storage:
+class _Storage(NamedTuple):
     """A row of numbers in the file."""
 
     key: str
@@ -42,8 +41,7 @@ class _Storage:
     length: int
 
 
-@dataclass(frozen=True)
-class _Stored:
+class _Stored(NamedTuple):
     """A tensor: which numbers of a storage, in which order."""
 
     storage: _Storage
@@ -82,7 +80,7 @@ class TorchFile:
             raise WeightsError(f"{self.path}: {name} is stored as {dtype}, must be floats.")
         try:
             return _shaped(tensor, np.frombuffer(self._bytes(tensor.storage), dtype))
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # as above: of zipfile, zlib, numpy, or no memory for that much
             raise _unreadable(self.path, error) from error
 
     def _bytes(self, storage: _Storage) -> bytes:
@@ -98,6 +96,8 @@ class TorchFile:
 def _read_archive(file: BinaryIO) -> tuple[dict[str, Any], dict[str, Any]]:
     """The object, and {"": the folder in the archive}."""
     with ZipFile(file) as archive:
+        if any(part.compress_type != ZIP_STORED for part in archive.infolist()):
+            raise ValueError("its parts are compressed, torch stores them as they are")
         names = [name for name in archive.namelist() if name.count("/") == 1]
         (pickled,) = (name for name in names if name.endswith("/data.pkl"))
         folder = pickled.removesuffix("/data.pkl")
@@ -149,8 +149,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _rebuild_tensor(
-    storage: _Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+    storage: object, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
 ) -> _Stored:
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError(f"a tensor lies in {type(storage).__name__}")
     return _Stored(storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
 
 
@@ -187,4 +189,5 @@ def _shaped(tensor: _Stored, numbers: np.ndarray) -> np.ndarray:
 def _unreadable(path: Path, error: Exception) -> WeightsError:
     if not path.is_file():
         return WeightsError(f"{path}: not there; give the path of a .pth or .safetensors file.")
-    return WeightsError(f"{path}: cannot be read as torch's state dict ({error}); get it again.")
+    reason = str(error) or type(error).__name__
+    return WeightsError(f"{path}: cannot be read as torch's state dict ({reason}); get it again.")

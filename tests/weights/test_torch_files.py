@@ -7,6 +7,7 @@ import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import pytest
@@ -85,6 +86,58 @@ def test_a_tensor_cannot_reach_past_its_numbers(tmp_path: Path) -> None:
     tensor = found._tensors["a"]
     found._tensors["a"] = type(tensor)(tensor.storage, 0, (5,), (1,))
     with pytest.raises(WeightsError, match="reaches past its numbers"):
+        found.read("a")
+
+
+def pickled(storage: bytes, rest: bytes) -> bytes:
+    """A state dict of one tensor `a` of 4 numbers, as opcodes."""
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0K\4\x85K\1\x85"
+    return b"\x80\2}X\1\0\0\0a" + tensor + rest + b"s."
+
+
+STORAGE = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuK\4tQ"
+SET_STORAGE = b"tR}X\7\0\0\0storageX\1\0\0\0xsb"  # opcode b: the state of what was built
+
+
+@pytest.mark.parametrize(
+    ("storage", "rest", "said"),
+    [
+        (b"X\1\0\0\0x", b"tR", "a tensor lies in str"),
+        (STORAGE, SET_STORAGE, "cannot be read as torch's state dict"),
+    ],
+)
+def test_what_a_pickle_builds_cannot_be_changed(
+    tmp_path: Path, storage: bytes, rest: bytes, said: str
+) -> None:
+    path = tmp_path / "model.pth"
+    archive(path, pickled(STORAGE, b"tR"))
+    np.testing.assert_array_equal(TorchFile(path).read("a"), np.zeros(4))
+    archive(path, pickled(storage, rest))
+    with pytest.raises(WeightsError, match=said):
+        TorchFile(path)
+
+
+def archive(path: Path, data: bytes, *compression: int) -> None:
+    """A file of torch 1.6 and later with 16 bytes of numbers."""
+    with ZipFile(path, "w", *compression) as file:
+        file.writestr("model/data.pkl", data)
+        file.writestr("model/data/0", bytes(16))
+
+
+def test_an_archive_cannot_unpack_to_more_than_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    archive(path, pickled(STORAGE, b"tR"), ZIP_DEFLATED)
+    with pytest.raises(WeightsError, match="its parts are compressed"):
+        TorchFile(path)
+
+
+def test_numbers_for_which_there_is_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    archive(path, pickled(STORAGE, b"tR"))
+    found = TorchFile(path)
+    tensor = found._tensors["a"]
+    found._tensors["a"] = type(tensor)(tensor.storage, 0, (10**7, 10**7), (0, 0))
+    with pytest.raises(WeightsError, match="Unable to allocate"):
         found.read("a")
 
 
