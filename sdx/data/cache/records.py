@@ -1,4 +1,4 @@
-"""What a cache of encoded examples is: its name, its files and its records. cached.py reads it,
+"""What a cache of encoded examples is: its name, its files and its records. rows.py reads it,
 shards.py writes it.
 
 A cache is a folder named by a hash of everything its content follows from (`CacheKey`); another

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sdx.data.captions import caption_texts
 from sdx.data.source import BadImageError, DataError
@@ -169,8 +169,7 @@ def _with_bytes(table: "Dataset", image_column: str) -> "Dataset":
 
 def _are_elsewhere(table: "Dataset", image_column: str) -> Iterator[list[bool]]:
     """Of each row whether it holds no bytes; those that are there are not read."""
-    batches: Iterator[Any] = table.with_format("arrow").iter(_ROWS_AT_ONCE)
-    for rows in batches:
+    for rows in cast(Any, table.with_format("arrow")).iter(_ROWS_AT_ONCE):
         for chunk in rows[image_column].chunks:
             content = chunk.field("bytes") if hasattr(chunk, "field") else chunk
             absent = content.is_null().to_pylist()

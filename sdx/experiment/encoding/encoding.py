@@ -8,7 +8,7 @@ whole is never made again, so a start after a kill goes on where the last one st
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from sdx.data.cache.rows import CachedMoments, Records
 from sdx.data.cache.shards import sound_shards
 from sdx.data.cache.staging import local_cache
 from sdx.data.loader import check_bad_images
-from sdx.data.source import BadImageError, DataError, Source, first_examples
+from sdx.data.source import BadImage, BadImageError, DataError, Source, first_examples
 from sdx.data.sources.open import open_source
 from sdx.data.tokenizer import Tokenizer
 from sdx.experiment.adopt import adopt
@@ -194,7 +194,9 @@ def _context_target(job: Job, moments: Target) -> Target:
 
 def _make_moments(job: Job, target: Target, overrides: Sequence[str], stop: StopFlag) -> None:
     config = job.config
-    pending = _pending(job, target, overrides, stop)
+    pending = _pending(
+        job, target, overrides, stop, lambda _, shard: _is_repaired(job.source, shard)
+    )
     if pending:
         layout, devices = Layout(target.num_examples), job.mesh.size
         num_todo = sum(len(layout.examples(shard)) for shard in pending)
@@ -225,7 +227,10 @@ def _make_moments(job: Job, target: Target, overrides: Sequence[str], stop: Stop
 def _make_context(
     job: Job, target: Target, moments: Target, overrides: Sequence[str], stop: StopFlag
 ) -> None:
-    pending = _pending(job, target, overrides, stop)
+    bad = _bad_by_shard(moments)
+    pending = _pending(
+        job, target, overrides, stop, lambda number, shard: shard.bad_images != bad[number]
+    )
     if pending:
         records = Records(local_cache(moments.folder), moments.key.digest)
         num_todo = sum(
@@ -242,6 +247,7 @@ def _make_context(
             folder=target.folder,
             digest=target.key.digest,
             pending=pending,
+            bad_images=bad,
             encode_tokens=tokens,
             num_rows=num_rows,
             progress=progress.show,
@@ -251,9 +257,24 @@ def _make_context(
     _conclude(job.config, target, stop)
 
 
-def _pending(job: Job, target: Target, overrides: Sequence[str], stop: StopFlag) -> list[int]:
-    """This process's shards that are not there, or not whole, or miss an image that can be read
-    again."""
+def _bad_by_shard(moments: Target) -> list[Mapping[int, BadImage]]:
+    """What each shard of the moments has no captions of; the empty caption's shard lacks nothing.
+
+    A shard of states lies as its shard of moments does, so it goes by that one's.
+    """
+    index = read_index(moments.folder)
+    assert index is not None, "they are made first"
+    return [*(shard.bad_images for shard in index.shards), {}]
+
+
+def _pending(
+    job: Job,
+    target: Target,
+    overrides: Sequence[str],
+    stop: StopFlag,
+    is_outdated: Callable[[int, Shard], bool],
+) -> list[int]:
+    """This process's shards that are not there, or not whole, or outdated."""
     target.folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0 and not (target.folder / "meta.json").is_file():
         made = {"at": now(), "overrides": [*overrides], "git_commit": git_commit()}
@@ -262,7 +283,7 @@ def _pending(job: Job, target: Target, overrides: Sequence[str], stop: StopFlag)
     sound = sound_shards(target.folder, target.own, should_stop=lambda: stop.requested)
     if stop.requested:
         raise Interrupted
-    again = {number for number, shard in sound.items() if _is_repaired(job.source, shard)}
+    again = {number for number, shard in sound.items() if is_outdated(number, shard)}
     if kept := len(sound.keys() - again):
         print(f"{kept} of {len(target.own)} files are there and whole", flush=True)
     return [number for number in target.own if number not in sound or number in again]

@@ -1,6 +1,6 @@
 """From a source and from a cache's tokens to the records of shards: read ahead, encode, write."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -209,13 +209,14 @@ def write_context(
     folder: AnyPath,
     digest: bytes,
     pending: Sequence[int],
+    bad_images: Sequence[Mapping[int, BadImage]],
     encode_tokens: EncodeTokens,
     num_rows: int,
     progress: Progress,
     should_stop: Callable[[], bool],
 ) -> None:
     """Writes these shards of the cache of text states of the captions in `moments`; raises
-    Interrupted between two batches.
+    Interrupted between two batches. `bad_images` are those of each shard, which have no captions.
     """
     layout, done = moments.records.layout, 0
     with finishing() as finisher:
@@ -230,7 +231,7 @@ def write_context(
             except BaseException:
                 shard.discard()
                 raise
-            finisher.finish(shard, {})
+            finisher.finish(shard, bad_images[number])
             if number < layout.num_shards:
                 done += len(layout.examples(number))
                 progress(done)

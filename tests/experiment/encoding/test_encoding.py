@@ -292,6 +292,15 @@ def test_damaged_and_repaired_shards_are_made_anew(
     assert index is not None and index.bad_images == {}
     [before] = caches.glob("moments-*")
     assert (read_index(before) or index).bad_images[BAD].reason == "missing"
+    # the states of that shard's captions lie elsewhere, so they are made anew
+    assert encode(configured(photos, copy), []) == 0
+    for cached, pixels in zip(
+        batches(configured(photos, copy), 9),
+        batches(online(configured(photos, copy)), 9),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(cached.tokens, pixels.tokens)
+        assert cached.weights.all()
 
 
 def test_two_at_once_and_too_many_bad_images(
