@@ -1,10 +1,10 @@
 """State dicts as `torch.save` writes them (.pth), read without torch and without running any code.
 
 A pickle may name any function to call. The reader here knows a few names (`STORAGES`, `_KNOWN`) and
-refuses a file with any other; it builds nothing but records of where a tensor's numbers
-lie, which cannot be changed once built, and checks those against the file. Archives that unpack to
-more than they are (torch compresses nothing) are refused. Both of torch's formats are read: the archive of 1.6 and
-later (torch/serialization.py, `_save`), and the row of pickles before it (`_legacy_save`).
+refuses a file with any other; it builds nothing but records of where a tensor's numbers lie, which
+cannot be changed once built, and checks those against the file. Archives that unpack to more than
+they are (torch compresses nothing) are refused. Both of torch's formats are read: the archive of
+1.6 and later (torch/serialization.py, `_save`), and the row of pickles before it (`_legacy_save`).
 """
 
 import pickle

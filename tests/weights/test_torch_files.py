@@ -7,7 +7,7 @@ import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_DEFLATED, ZipFile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import numpy as np
 import pytest
@@ -117,9 +117,9 @@ def test_what_a_pickle_builds_cannot_be_changed(
         TorchFile(path)
 
 
-def archive(path: Path, data: bytes, *compression: int) -> None:
+def archive(path: Path, data: bytes, compression: int = ZIP_STORED) -> None:
     """A file of torch 1.6 and later with 16 bytes of numbers."""
-    with ZipFile(path, "w", *compression) as file:
+    with ZipFile(path, "w", compression) as file:
         file.writestr("model/data.pkl", data)
         file.writestr("model/data/0", bytes(16))
 
