@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Float16, Int32
 
 from sdx.data.source import BadImage, DataError
-from sdx.record.files import read_json
+from sdx.record.files import DamagedRecord, read_json
 from sdx.record.store import AnyPath
 
 FORMAT = 1
@@ -35,6 +35,7 @@ MOMENTS, CONTEXT = "moments", "context"
 MAX_SHARDS = 1024  # files that a reader keeps open, and that a folder lists
 MAX_SHARD_EXAMPLES = 512  # as long as that gives no more than MAX_SHARDS: 34 MB at 512 pixels
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
+_ENCODE = "run python -m sdx.encode with the same overrides"
 _MIN_SHARDS = 16  # so that few examples too are work for several processes
 
 Part = str | int | bool | None
@@ -60,9 +61,13 @@ class CacheKey:
         return f"{self.kind}-{self.digest.hex()}"
 
     def differences(self, parts: Mapping[str, Part]) -> list[str]:
-        """`resolution 512 ≠ 768` for each part that another cache has otherwise."""
-        names = [name for name in self.parts if self.parts[name] != parts.get(name)]
-        return [f"{name} {_said(parts.get(name))} ≠ {_said(self.parts[name])}" for name in names]
+        """`resolution 512 ≠ 768` for each part that another cache has otherwise; null is none."""
+        pairs = {name: (parts.get(name), self.parts.get(name)) for name in {**self.parts, **parts}}
+        return [
+            f"{name} {_said(there)} ≠ {_said(here)}"
+            for name, (there, here) in pairs.items()
+            if there != here
+        ]
 
 
 @dataclass(frozen=True)
@@ -132,18 +137,27 @@ class CacheIndex:
 
 
 def read_index(folder: AnyPath) -> CacheIndex | None:
-    """The index of the cache in `folder`; None where it is not finished."""
-    fields = read_json(folder / "index.json")
+    """The index of the cache in `folder`; None where it is not finished. DamagedRecord where it is
+    none that sdx wrote; `sdx.encode` writes it anew."""
+    file = folder / "index.json"
+    fields = read_json(file)
     if fields is None:
         return None
-    shards = tuple(Shard.from_json(shard) for shard in fields["shards"])
-    return CacheIndex(fields["num_examples"], fields["num_views"], tuple(fields["shape"]), shards)
+    try:
+        shards = tuple(Shard.from_json(shard) for shard in fields["shards"])
+        shape = tuple(fields["shape"])
+        return CacheIndex(fields["num_examples"], fields["num_views"], shape, shards)
+    except (KeyError, TypeError) as error:
+        raise DamagedRecord(f"{file}: no index of a cache ({error}); {_ENCODE}.") from error
 
 
 def read_shard(folder: AnyPath, number: int) -> Shard | None:
-    """What is known of a finished shard; None where it is not."""
-    fields = read_json(folder / f"{number:05d}.json")
-    return None if fields is None else Shard.from_json(fields)
+    """What is known of a finished shard; None where it is not, or is not told."""
+    try:
+        fields = read_json(folder / f"{number:05d}.json")
+        return None if fields is None else Shard.from_json(fields)
+    except (DamagedRecord, KeyError, TypeError):
+        return None
 
 
 def records_name(number: int) -> str:
@@ -163,7 +177,7 @@ def find_cache(cache_dir: AnyPath, key: CacheKey) -> AnyPath:
     folder = cache_dir / key.name
     if (folder / "index.json").is_file():
         return folder
-    command = "run python -m sdx.encode with the same overrides"
+    command = _ENCODE
     if (folder / "meta.json").is_file():
         raise DataError(f"data.cache: {folder} is not finished; {command} to go on with it.")
     others = [(key.differences(parts), name) for name, parts in _caches(cache_dir, key.kind)]

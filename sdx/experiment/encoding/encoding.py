@@ -44,7 +44,7 @@ from sdx.experiment.encoding.writing import Interrupted, write_context, write_mo
 from sdx.experiment.setup import REFUSALS, check_weights, open_tokenizer, open_weights
 from sdx.parallel.mesh import claim_devices, make_mesh
 from sdx.parallel.stopping import EXIT_INTERRUPTED, StopFlag
-from sdx.record.files import now, write_json
+from sdx.record.files import DamagedRecord, now, write_json
 from sdx.record.lock import RunLock, RunLocked
 from sdx.record.provenance import git_commit
 from sdx.record.store import AnyPath, StoreError
@@ -339,11 +339,19 @@ def _conclude(config: Config, target: Target, stop: StopFlag) -> None:
         tuple(shards[number] for number in range(target.num_shards)),
     )
     if jax.process_index() == 0:
-        if read_index(target.folder) != index:
+        if _index_there(target.folder) != index:
             write_json(target.folder / "index.json", index.to_json())
         return
-    while read_index(target.folder) != index:
+    while _index_there(target.folder) != index:
         _look_again(stop)
+
+
+def _index_there(folder: AnyPath) -> CacheIndex | None:
+    """The index in `folder`; None where none is, or what is there is none."""
+    try:
+        return read_index(folder)
+    except DamagedRecord:
+        return None
 
 
 def _all_shards(target: Target, stop: StopFlag) -> Mapping[int, Shard]:

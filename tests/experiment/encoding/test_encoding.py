@@ -30,6 +30,7 @@ from sdx.experiment.encoding import encoding
 from sdx.experiment.encoding.encoder import image_encoder, local_mesh, token_encoder
 from sdx.experiment.encoding.encoding import encode, prepare
 from sdx.parallel.mesh import make_mesh
+from sdx.record.files import DamagedRecord
 from sdx.record.lock import RunLock
 from sdx.record.store import as_path
 
@@ -278,15 +279,20 @@ def test_what_was_killed_goes_on_to_the_same_cache(
 def test_damaged_and_repaired_shards_are_made_anew(
     photos: Path, caches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A flipped bit, and the image that could not be read before and can today."""
+    """A flipped bit, a torn index, a torn description, and the image that could not be read before
+    and can today."""
     copy = tmp_path / "copy"
     shutil.copytree(caches, copy)
     [folder] = copy.glob("moments-*")
     damaged = folder / records_name(1)
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
+    (folder / "index.json").write_text('{"shards": []}')
+    with pytest.raises(DamagedRecord, match="no index of a cache .*run python -m sdx.encode"):
+        batches(moments_alone(photos, copy), 1)
+    (folder / "00004.json").write_text("{")
     assert encode(moments_alone(photos, copy), []) == 0
-    assert f"{NUM_SHARDS - 2} of {NUM_SHARDS} files are there" in capsys.readouterr().out
+    assert f"{NUM_SHARDS - 3} of {NUM_SHARDS} files are there" in capsys.readouterr().out
     assert damaged.read_bytes() == whole
     index = read_index(folder)
     assert index is not None and index.bad_images == {}
