@@ -1,5 +1,7 @@
 """The CLIP that scores pictures, from a folder in transformers' layout (`CLIPModel`)."""
 
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ TEXT_DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 77,
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
+}
+_VISION: dict[str, Any] = {
+    field.name: field.default for field in fields(CLIPVisionConfig) if field.name != "hidden_act"
 }
 EOS_TOKEN_ID = 49407
 PROJECTION_DIM = 512
@@ -50,17 +55,22 @@ def read_clip_config(folder: Path) -> CLIPConfig:
     text = TEXT_DEFAULTS | {k: v for k, v in _part(found, "text").items() if v is not None}
     vision = {k: v for k, v in _part(found, "vision").items() if v is not None}
     known = CLIPVisionConfig.__dataclass_fields__
-    try:
-        return CLIPConfig(
-            text=TextEncoderConfig(**_enumerated({key: text[key] for key in TEXT_DEFAULTS})),
-            vision=CLIPVisionConfig(**_enumerated({k: vision[k] for k in known if k in vision})),
-            projection_dim=found.get("projection_dim", PROJECTION_DIM),
-            eos_token_id=text.get("eos_token_id", EOS_TOKEN_ID),
-        )
-    except KeyError as error:
-        raise WeightsError(
-            f"{path}: hidden_act={error.args[0]!r}; sdx has {', '.join(HiddenAct.__members__)}."
-        ) from error
+    vision = {k: vision[k] for k in known if k in vision}
+    both = {"projection_dim": PROJECTION_DIM} | {
+        k: v for k, v in found.items() if k == "projection_dim" and v is not None
+    }
+    eos_token_id = text.get("eos_token_id", EOS_TOKEN_ID)
+    text = {key: text[key] for key in TEXT_DEFAULTS}
+    faults = [*_faults("", both | {"eos_token_id": eos_token_id})]
+    faults += [*_faults("text_config.", text), *_faults("vision_config.", _VISION | vision)]
+    if faults:
+        raise WeightsError(f"{path}: no CLIP can be built as it says:", faults)
+    return CLIPConfig(
+        text=TextEncoderConfig(**_enumerated(text)),
+        vision=CLIPVisionConfig(**_enumerated(vision)),
+        projection_dim=both["projection_dim"],
+        eos_token_id=eos_token_id,
+    )
 
 
 def load_clip(folder: Path, abstract: Params) -> Params:
@@ -83,8 +93,25 @@ def _part(config: dict[str, Any], name: str) -> dict[str, Any]:
     return part if isinstance(part, dict) else {}
 
 
+def _faults(part: str, given: dict[str, Any]) -> Iterator[str]:
+    """What of one part no network can be built from."""
+    for name, found in given.items():
+        if name == "hidden_act":
+            if not isinstance(found, str) or found not in HiddenAct.__members__:
+                allowed = ", ".join(HiddenAct.__members__)
+                yield f"{part}hidden_act={found!r}: sdx has {allowed}"
+        elif name == "layer_norm_eps":
+            if not isinstance(found, int | float) or not 0 < found < 1:
+                yield f"{part}layer_norm_eps={found!r}: must be a number between 0 and 1"
+        elif type(found) is not int or found < 1:
+            yield f"{part}{name}={found!r}: must be a whole number of at least 1"
+    size, heads = given.get("hidden_size"), given.get("num_attention_heads")
+    if isinstance(size, int) and isinstance(heads, int) and heads > 0 and size % heads:
+        yield f"{part}hidden_size={size}: must be a multiple of num_attention_heads={heads}"
+
+
 def _enumerated(fields: dict[str, Any]) -> dict[str, Any]:
-    """`fields` with the activation as we know it; KeyError for another one."""
+    """`fields` with the activation as we know it."""
     if "hidden_act" not in fields:
         return fields
     return fields | {"hidden_act": HiddenAct[fields["hidden_act"]]}
