@@ -183,6 +183,9 @@ def test_a_missing_cache_is_told_by_what_differs(folder: Path) -> None:
         " resolution 64 ≠ 32, random_flip false ≠ true; run python -m sdx.encode with the same"
         " overrides."
     )
+    fewer = {"examples": "abc", "resolution": 64}  # as padding, named only where it is marked
+    with pytest.raises(DataError, match="differs in random_flip false ≠ null; run"):
+        find_cache(place, replace(KEY, parts=fewer))
     with pytest.raises(DataError, match="holds no cache of context; run python -m sdx.encode"):
         find_cache(place, replace(KEY, kind="context"))
     (folder / "index.json").unlink()
