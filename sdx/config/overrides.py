@@ -58,7 +58,7 @@ def inspect(
     for text in overrides:
         override = parse(text)
         if isinstance(override, Problem):
-            result.problems.append(override)
+            result.problems.append(_answered(override, options, "…"))
             continue
         faults = list(_judge(override, options))
         result.problems += faults
@@ -67,6 +67,10 @@ def inspect(
         if faults:
             continue
         key, got = override.key_or_group, override.value()
+        if is_choice and got is None:  # Hydra takes no null for a group: what was chosen is undone
+            result.choices.pop(key, None)
+            result.sound = [one for one in result.sound if one.partition("=")[0] != key]
+            continue
         if is_choice:
             result.choices[key] = str(got)
         elif (mapping := _mapping(key)) is not None:
@@ -115,7 +119,7 @@ def _judge(override: Override, options: dict[str, list[str]]) -> Iterator[Proble
     if override.is_sweep_override():
         got = (override.input_line or "").partition("=")[2]
         fix = "add --multirun to run them all, or quote a value that holds a comma"
-        yield Problem(key, got, "several values", fix)
+        yield _answered(Problem(key, got, "several values", fix), options, f'"{got}"')
     elif key.split(".")[0].split("/")[0] == "hydra":
         return
     elif override.package is not None or (override.is_delete() and key in _all_keys()):
@@ -179,6 +183,15 @@ def _unknown_key(
     near = _nearest_key(path, options)
     fix = f"did you mean {near}?" if near else "python -m sdx.train --help shows where to look"
     return Problem(typed, shown, "unknown key", fix, suggested=near)
+
+
+def _answered(problem: Problem, options: dict[str, list[str]], value: str) -> Problem:
+    """`problem`, or where its key is a peer's what to type instead: YAML's lists of words and
+    mappings are not Hydra's, and whoever pastes them asks for the key. `value` is what to show."""
+    if problem.path.split(".")[0] in {*groups(), *options}:
+        return problem
+    known = peers.answer(problem.path, value)
+    return Problem(problem.path, problem.got, *known) if known else problem
 
 
 def _nearest_key(path: str, options: dict[str, list[str]]) -> str | None:

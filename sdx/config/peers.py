@@ -6,6 +6,7 @@ documentation.
 """
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -67,7 +68,9 @@ def answer(name: str, got: str | None) -> tuple[str, str] | None:
             return f"{rule}, empty there", "leave it out"
         case Outcome.key:
             value = got if below else _translated(row, got)
-            return rule, f"use {row.target}{dot}{below}={value}{note}"
+            typed = f"{row.target}{dot}{below}={value}"
+            typed = shlex.quote(typed) if '"' in typed else typed  # a shell would take them away
+            return rule, f"use {typed}{note}"
         case Outcome.automatic:
             return f"{rule}, automatic in sdx{note}", "leave it out"
         case Outcome.planned:
@@ -197,7 +200,11 @@ _MAXDIFFUSION_KEYS = _rows(
         "tokenize_captions_num_proc": "data.num_workers",
         "transform_images_num_proc": "data.num_workers",
         "enable_data_shuffling": "data.shuffle",
-        "reuse_example_batch": ("debug", "a few examples over and over", {"true": "overfit"}),
+        "reuse_example_batch": (
+            "debug",
+            "a few examples over and over",
+            {"true": "overfit", "false": "null"},
+        ),
         "checkpoint_every": ("checkpoint.every", "in steps; 0 = only at the end", {"-1": "0"}),
         "per_device_batch_size": "train.per_device_batch_size",
         "warmup_steps_fraction": (

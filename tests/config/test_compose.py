@@ -252,3 +252,9 @@ def test_a_mapping_takes_keys_from_the_command_line_and_from_files(tmp_path: Pat
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     again = from_saved(tmp_path / "config.yaml", ["data.options.size.least=3"])
     assert again.data.options == expected | {"size": {"least": 3, "most": 2}}
+
+
+def test_a_group_without_an_option_is_null_again() -> None:
+    plain = compose([])
+    assert compose(["debug=null", "experiment=null"]) == plain
+    assert compose(["debug=overfit", "debug=null"]) == plain != compose(["debug=overfit"])

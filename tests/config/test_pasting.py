@@ -1,6 +1,7 @@
 """A configuration of a peer, pasted: every line is answered at once, with what can be typed."""
 
 import re
+import shlex
 from collections.abc import Sequence
 from functools import cache
 
@@ -189,6 +190,29 @@ def answered(peer: str) -> dict[str, Problem]:
 def test_every_line_is_answered_in_one_go(peer: str) -> None:
     ours = {*group_options([CONF])}  # some are names of groups here and mean the same
     assert [name for name in NAMES[peer] if name not in {*answered(peer), *ours}] == []
+
+
+def test_what_yaml_writes_and_hydra_cannot_read_is_answered_as_well() -> None:
+    """A text with a comma is a sweep to Hydra and a mapping with quoted names is not its grammar;
+    what is shown for a text can be typed into a shell."""
+    fixes = [
+        problem.fix or ""
+        for problem in problems(
+            [
+                "negative_prompt=purple, red",
+                "prompt=A castle in the forest, artistic drawing",
+                "timestep_bias={'strategy': 'none', 'begin': 0}",
+            ]
+        )
+    ]
+    assert fixes == [
+        "use 'sample.negative_prompt=\"purple, red\"'",
+        "use sample.prompts=… (a list)",
+        "use diffusion.timestep_bias=… (its keys one by one; the end of a range is inclusive)",
+    ]
+    [typed] = shlex.split(fixes[0].removeprefix("use "))
+    assert quick([typed]).sample.negative_prompt == "purple, red"
+    assert [p.rule for p in problems(["run.seed=0,1", "run.nme=a,b"])] == ["several values"] * 2
 
 
 def suggestions(peer: str) -> dict[str, str]:
