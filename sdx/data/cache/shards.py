@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sdx.data.cache.records import Shard, read_shard, records_name
@@ -48,15 +48,17 @@ class ShardWriter:
         return self._num_records
 
     def add(self, record: bytes) -> None:
-        """Appends a record."""
-        self._writer.write(record)
+        """Appends a record; OSError where the file system does not take it."""
+        with self._telling():
+            self._writer.write(record)
         self._num_records += 1
 
     def finish(self, bad_images: Mapping[int, BadImage]) -> None:
         """Makes the shard one of the cache; OSError where the file system did not take it all."""
-        self._writer.close()
-        if _count_records(self._file) != self._num_records:
-            raise OSError(f"{self._file}: not all was written; is the disk full?")
+        with self._telling():
+            self._writer.close()
+            if _count_records(self._file) != self._num_records:
+                raise RuntimeError("not all was written")
         digest = digest_file(self._file)
         shard = Shard(self._num_records, self._file.stat().st_size, digest, dict(bad_images))
         if self._scratch is not None and isinstance(self._folder, ObjectPath):
@@ -71,10 +73,20 @@ class ShardWriter:
     def discard(self) -> None:
         """Removes what was written."""
         if self._writer.is_open():
-            self._writer.close()
+            with suppress(RuntimeError):  # what could not be written
+                self._writer.close()
         self._file.unlink(missing_ok=True)
         if self._scratch is not None:
             self._scratch.cleanup()
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """ArrayRecord's error of writing as an OSError that names the file."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise OSError(f"{self._file}: {reason}; is the disk full?") from error
 
 
 class Finisher:

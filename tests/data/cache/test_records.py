@@ -1,6 +1,7 @@
 """What a cache's files promise: whole or not there, never another's, never damaged in silence."""
 
 import pickle
+import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -170,6 +171,21 @@ def test_a_file_that_was_not_all_written_is_an_error(
     with pytest.raises(OSError, match="disk full"), finishing() as finisher:
         finisher.finish(shard, {})
     assert read_shard(tmp_path, 0) is None
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    shard = ShardWriter(tmp_path, 0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"\.00000\..*File too large.*is the disk full\?"):
+            for _ in range(200):
+                shard.add(bytes(1000))
+            shard.finish({})
+        shard.discard()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_cache_is_told_by_what_differs(folder: Path) -> None:
