@@ -31,6 +31,7 @@ from sdx.scores.clip_score import clip_scores, read_preparation
 from sdx.scores.frechet import FeatureSums
 from sdx.scores.inception_input import inception_input
 from sdx.weights.clip import load_clip, read_clip_config
+from sdx.weights.errors import WeightsError
 from sdx.weights.inception import load_inception
 from sdx.weights.tensor_files import read_json
 
@@ -113,9 +114,13 @@ class ClipNetwork:
         self.scores: list[float] = []
 
     def add(self, inputs: np.ndarray, captions: Sequence[str | None]) -> None:
-        """Scores a batch of prepared pictures."""
+        """Scores a batch of prepared pictures; WeightsError where a score is not finite."""
         tokens = self._tokenizer.encode([caption or "" for caption in captions])
         scores = clip_scores(self._images(inputs), self._texts(tokens))
+        if not np.isfinite(scores).all():
+            raise WeightsError(
+                "CLIP score: features are not finite; the weights given as --clip are damaged."
+            )
         self.scores += scores.tolist()
 
     def finish(self) -> None:

@@ -13,6 +13,7 @@ from sdx.data.source import DataError
 from sdx.data.tokenizer import load_tokenizer
 from sdx.experiment.evaluation import picture_scores
 from sdx.experiment.evaluation.picture_scores import PictureJudge
+from sdx.experiment.evaluation.scoring import ClipNetwork
 from sdx.parallel.mesh import one_device_mesh
 from sdx.scores.frechet import Statistics, StatisticsError
 from sdx.weights.errors import WeightsError
@@ -137,3 +138,12 @@ def test_a_caption_is_needed_for_each_picture(tmp_path: Path) -> None:
     Image.new("RGB", (9, 9)).save(tmp_path / "drawn" / "extra.png")
     with pytest.raises(DataError, match="1 of 4 pictures of .* have no caption, extra.png"):
         judge(tmp_path, clip=tmp_path / "clip")(tmp_path / "drawn")
+
+
+def test_a_clip_whose_numbers_are_not_finite_is_told(tmp_path: Path) -> None:
+    model = make_clip(tmp_path)
+    model.visual_projection.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    network = ClipNetwork(tmp_path, one_device_mesh(), BATCH)
+    with pytest.raises(WeightsError, match="CLIP score: features are not finite"):
+        network.add(np.zeros((1, 32, 32, 3), np.float32), ["a red circle"])
