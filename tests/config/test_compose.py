@@ -26,6 +26,9 @@ NEEDS = {
     ("data", "plugin"): ["data.plugin=mine"],
     ("experiment", "finetune_sd21"): ["data.dir=photos"],
     ("experiment", "mlperf_sd2"): ["data.dir=shards", "hardware=gpu_h100_8"],
+    ("attention", "cudnn"): ["hardware=gpu_h100_8"],
+    ("attention", "flash"): ["hardware=tpu_v4_8"],
+    ("attention", "splash"): ["hardware=tpu_v4_8"],
     ("mesh", "dp"): ["hardware=gpu_h100_8"],
     ("mesh", "fsdp"): ["hardware=gpu_h100_8"],
 }
