@@ -262,14 +262,29 @@ def _caption_rows(
 def _states(
     rows: Iterator[_CaptionRow], encode_tokens: EncodeTokens, num_rows: int
 ) -> Iterator[tuple[_CaptionRow, Float16[np.ndarray, "s d"]]]:
-    """Each row with its states; the device is at the next rows while these are written."""
+    """Each row with its states; the device is at the next rows while these are written.
+
+    Raises DataError for states that float16 cannot hold.
+    """
     before: tuple[list[_CaptionRow], Any] | None = None
     while batch := list(islice(rows, num_rows)):
         tokens = np.zeros((num_rows, *batch[0].tokens.shape), np.int32)
         tokens[: len(batch)] = [row.tokens for row in batch]
         under_way = encode_tokens(tokens)
         if before is not None:
-            yield from zip(before[0], np.asarray(before[1]), strict=False)
+            yield from _finite(*before)
         before = batch, under_way
     if before is not None:
-        yield from zip(before[0], np.asarray(before[1]), strict=False)
+        yield from _finite(*before)
+
+
+def _finite(
+    rows: list[_CaptionRow], on_device: Any
+) -> Iterator[tuple[_CaptionRow, Float16[np.ndarray, "s d"]]]:
+    for row, states in zip(rows, np.asarray(on_device), strict=False):  # the last rows are padding
+        if not np.isfinite(states).all():
+            raise DataError(
+                f"data.cache: the text states of caption {row.caption} of example {row.index} are"
+                " not finite in float16; use data.cache=moments."
+            )
+        yield row, states

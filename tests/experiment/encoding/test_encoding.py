@@ -26,7 +26,7 @@ from sdx.data.source import BadImageError, DataError, Example
 from sdx.data.sources.checked import CheckedSource
 from sdx.experiment import run
 from sdx.experiment.caching import training_source
-from sdx.experiment.encoding import encoding
+from sdx.experiment.encoding import encoding, writing
 from sdx.experiment.encoding.encoder import image_encoder, local_mesh, token_encoder
 from sdx.experiment.encoding.encoding import encode, prepare
 from sdx.parallel.mesh import make_mesh
@@ -323,6 +323,13 @@ def test_two_at_once_and_too_many_bad_images(
     assert encode(moments_alone(photos, tmp_path, "data.max_bad_fraction=0.02"), []) == 1
     assert f"1 of {NUM_IMAGES} images became unreadable while encoding" in capsys.readouterr().err
     assert read_index(folder) is None
+
+
+def test_states_that_float16_cannot_hold_are_no_cache() -> None:
+    rows = iter([writing._CaptionRow(0, 0, np.zeros(3, np.int32))])
+    states = np.full((4, 3, 2), np.inf, np.float16)
+    with pytest.raises(DataError, match="caption 0 of example 0 are not finite"):
+        list(writing._states(rows, lambda tokens: states, 4))
 
 
 def test_a_stale_cache_is_named_with_what_differs(photos: Path, caches: Path) -> None:
