@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -327,7 +328,7 @@ def test_two_at_once_and_too_many_bad_images(
 
 def test_states_that_float16_cannot_hold_are_no_cache() -> None:
     rows = iter([writing._CaptionRow(0, 0, np.zeros(3, np.int32))])
-    states = np.full((4, 3, 2), np.inf, np.float16)
+    states = jnp.full((4, 3, 2), jnp.inf, jnp.float16)
     with pytest.raises(DataError, match="caption 0 of example 0 are not finite"):
         list(writing._states(rows, lambda tokens: states, 4))
 
