@@ -19,12 +19,16 @@ from sdx.weights.model_files import ModelFiles, NetworkFiles
 def adopt(config: Config, weights: ModelFiles, unet: NetworkFiles | None) -> Config:
     """`config` as if the architecture of the files had been typed; prints what that changes.
 
-    Without a `unet` (training from random) the UNet stays as it is. Raises ConfigError where the
+    Without a `unet` (training from random) the UNet stays as it is, and so does the size of its
+    images: its native latents follow from the autoencoder. Raises ConfigError where the
     result breaks a rule.
     """
     vae = read_vae_config(weights)
     found: dict[str, Any] = {"vae": vae, "text_encoder": read_text_encoder_config(weights)}
-    if unet is not None:
+    if unet is None:
+        latents = config.model.resolution // vae.factor
+        found["unet"] = replace(config.model.unet, sample_size=latents)
+    else:
         found["unet"] = read_unet_config(unet)
         found["resolution"] = found["unet"].sample_size * vae.factor
         if unet.config("scheduler") is not None:

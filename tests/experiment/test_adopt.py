@@ -84,6 +84,7 @@ def test_a_unet_from_random_stays_as_it_is(reference: Reference) -> None:
     text = "model.text_encoder.hidden_size=24"
     adopted = prepare(configure(reference, *random, text)).config
     assert adopted.model.unet.block_out_channels == [48, 64]
+    assert (adopted.model.resolution, adopted.model.unet.sample_size) == (64, 32)  # a factor of 2
     assert adopted.model.text_encoder.num_attention_heads == 2
     assert adopted.model.prediction_type is PredictionType.v_prediction
 
