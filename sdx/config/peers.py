@@ -126,7 +126,10 @@ _BOTH = _rows(
     Outcome.key,
     {
         "output_dir": "run.output_dir",
-        "pretrained_model_name_or_path": ("model.pretrained", "or choose model=sd21, sd15, …"),
+        "pretrained_model_name_or_path": (
+            "model.pretrained",
+            "or choose model=sd21, sd15, …, which name repositories that still exist",
+        ),
         "seed": "run.seed",
         "resolution": "data.resolution",
         "center_crop": "data.center_crop",
@@ -141,7 +144,7 @@ _BOTH = _rows(
         "adam_weight_decay": "optimizer.weight_decay",
         "max_grad_norm": ("optimizer.max_grad_norm", "null = off"),
         "snr_gamma": ("diffusion.snr_gamma", "null = off"),
-        "revision": "model.revision",
+        "revision": ("model.revision", "not for a branch of Flax weights, such as bf16"),
         "dataset_name": (
             "data.name",
             "with data=huggingface; images on disk: data=imagefolder data.dir=FOLDER",
