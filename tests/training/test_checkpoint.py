@@ -425,6 +425,12 @@ for _ in sys.stdin:
 """
 
 
+def _wait_for_a_save(folder: Path) -> None:
+    until = time.monotonic() + 10.0
+    while not any(folder.glob(".saving-*")) and time.monotonic() < until:
+        time.sleep(0.001)
+
+
 def test_kills_at_any_time_leave_a_saved_state_and_all_that_was_promised(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     rng = random.Random(1)
@@ -446,7 +452,11 @@ def test_kills_at_any_time_leave_a_saved_state_and_all_that_was_promised(tmp_pat
             workers.stdin.flush()
             pid = int(workers.stdout.readline().split()[1])
             lines = [workers.stdout.readline()]
-            time.sleep(rng.uniform(0.0, 1.0))
+            if num_kills % 2:
+                time.sleep(rng.uniform(0.0, 1.0))
+            else:  # where saves are quick, few kills at any time would hit one
+                _wait_for_a_save(folder)
+                time.sleep(rng.uniform(0.0, 0.05))
             os.kill(pid, signal.SIGKILL)
             while not lines[-1].startswith("killed"):
                 lines.append(workers.stdout.readline())

@@ -1,6 +1,8 @@
 """The compiled program: the same numbers on any mesh, with any remat, cached or fresh, and little
 Python around it."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -306,9 +308,9 @@ def test_a_batch_that_does_not_split_is_refused() -> None:
         make(micro_config(global_batch_size=6), num_devices=4)
 
 
-@pytest.mark.fast
-def test_python_takes_little_of_a_step() -> None:
-    """Dispatch of 686 weights with their average and moments stays under 10 ms."""
+def dispatch_s() -> float:
+    """Seconds of this thread's processor, so that a busy machine does not count, that the quickest
+    of 200 dispatches takes."""
     program = make()
     params = {"unet": {str(i): jnp.zeros(4) for i in range(686)}}
     state = programs.initial_state(params, program.rule.optimizer, ema=True)
@@ -318,12 +320,24 @@ def test_python_takes_little_of_a_step() -> None:
     )
     inputs = [jnp.zeros(1) for _ in range(3)]
     compiled = idle.lower(state, *inputs).compile()
-    times = []  # of this thread's processor: a busy machine must not fail the test
+    times = []
     for _ in range(200):
         start = time.thread_time()
         state, _ = compiled(state, *inputs)
         times.append(time.thread_time() - start)
-    assert min(times) < 0.010, f"{1e3 * min(times):.1f} ms"
+    return min(times)
+
+
+def test_python_takes_little_of_a_step(repository: Path) -> None:
+    """Dispatch of 686 weights with their average and moments stays under 10 ms.
+
+    In a process of its own, as a run is: behind 2,000 tests the same took 10.6 ms, alone 4.7.
+    """
+    script = "from tests.training.test_program import dispatch_s; print(dispatch_s())"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 0.010, f"{1e3 * float(done.stdout):.1f} ms"
 
 
 def test_each_bucket_has_its_program_and_a_step_its_mean_operations() -> None:
