@@ -65,6 +65,10 @@ class Cadence:
             return False
         return step >= self.max_steps or (every > 0 and step % every == 0)
 
+    def shows(self, step: int) -> bool:
+        """Whether something is measured or drawn after `step`."""
+        return self.due(step, self.validation_every) or self.due(step, self.pictures_every)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -96,11 +100,15 @@ def train(
     step = int(state.step)
     saving = _Saving(cadence, checkpointer, step)
     unread: tuple[int, Metrics] | None = None
-    with reporter.meter.apart():
-        if cadence.due(step, cadence.validation_every):  # an attempt that ended while measuring
+
+    def show() -> None:
+        if cadence.due(step, cadence.validation_every):
             validate(step, sampling_params(state))
-        if cadence.due(step, cadence.pictures_every):  # or while drawing
+        if cadence.due(step, cadence.pictures_every):
             draw(step, sampling_params(state))
+
+    with reporter.meter.apart():
+        show()  # an attempt may have ended while measuring or drawing
     with closing(_placed(program, batches, step)) as placed:
         try:
             while step < cadence.max_steps and not should_stop(step):
@@ -114,17 +122,13 @@ def train(
                 if unread:
                     reporter.report(*unread)
                 unread = (step, metrics)
-                validation = cadence.due(step, cadence.validation_every)
-                pictures, checkpoint = cadence.due(step, cadence.pictures_every), saving.due(step)
-                if validation or pictures or checkpoint:
+                checkpoint = saving.due(step)
+                if checkpoint or cadence.shows(step):
                     reporter.report(*unread)
                     unread = None
                 with reporter.meter.apart():
                     tracer.done(metrics)
-                    if validation:
-                        validate(step, sampling_params(state))
-                    if pictures:
-                        draw(step, sampling_params(state))
+                    show()
                     if checkpoint:
                         saving.save(step, state)
             if unread:

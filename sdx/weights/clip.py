@@ -8,23 +8,14 @@ from typing import Any
 from sdx.config.schema import HiddenAct, TextEncoderConfig
 from sdx.models.clip_vision import CLIPConfig, CLIPVisionConfig
 from sdx.models.module import Params
+from sdx.weights.configs import ABSENT
 from sdx.weights.errors import WeightsError
 from sdx.weights.load import read_params
 from sdx.weights.tensor_files import Renamed, open_tensors, read_json
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 """The first that is there is read."""
-# transformers' defaults (models/clip/configuration_clip.py), for configs that leave them out.
-TEXT_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 49408,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
+TEXT_DEFAULTS = ABSENT["text_encoder"]
 _VISION: dict[str, Any] = {
     field.name: field.default for field in fields(CLIPVisionConfig) if field.name != "hidden_act"
 }
