@@ -30,7 +30,7 @@ __all__ = ["CONF", "compose", "from_saved", "to_yaml"]
 
 Adjust = Callable[[Config], Config]
 
-_PLACE = ("hardware", "mesh", "attention")  # hardware's presets choose the other two
+_PLACE = ("hardware", "mesh", "attention", "xla")  # hardware's presets choose the others
 
 # What a saved configuration of each older schema_version must go through, in order.
 MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}

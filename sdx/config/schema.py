@@ -421,6 +421,11 @@ class AttentionConfig:
         at_least=1,
         identity=False,
     )
+    shard_sequence: bool = option(
+        False,
+        "Split queries by their length over mesh axis tensor, each device with all keys and values.",
+        identity=False,
+    )
     split_head_dim: bool = option(
         True,
         "Plain attention keeps heads as a dimension of their own; false folds them into the batch.",
@@ -540,8 +545,24 @@ class MeshAxes:
 
 
 @dataclass
+class DcnAxes:
+    """The same axes across the data-centre network: over slices of TPUs, over hosts of GPUs."""
+
+    data: int = option(
+        1, "Groups of slices or hosts with a copy of the model; -1 fills.", identity=False
+    )
+    fsdp: int = option(
+        1, "Slices or hosts that share parameters and optimizer state; -1 fills.", identity=False
+    )
+    tensor: int = option(1, "Slices or hosts that share the width of layers.", identity=False)
+
+
+@dataclass
 class MeshConfig:
-    ici: MeshAxes = group("Axis sizes within a slice or a host group.")
+    ici: MeshAxes = group("Axis sizes within a slice, or within a host of GPUs.")
+    dcn: DcnAxes = field(
+        default_factory=DcnAxes, metadata={"help": "Axis sizes over slices, or over hosts of GPUs."}
+    )
 
 
 @dataclass
@@ -563,6 +584,88 @@ class HardwareConfig:
         "Dense bfloat16 peak of one device; null = unknown, no MFU is shown.",
         unit="TFLOP/s",
         above=0,
+        identity=False,
+    )
+    num_slices: int = option(
+        1,
+        "TPU slices in all, joined by the data-centre network.",
+        at_least=1,
+        identity=False,
+    )
+    hbm_gbps: float | None = option(
+        None, "Memory bandwidth of one device.", unit="GB/s", above=0, identity=False
+    )
+    host_memory_gib: float | None = option(
+        None, "Memory of one host.", unit="GiB", above=0, identity=False
+    )
+    topology: str | None = option(
+        None,
+        "One slice in libtpu's words, as v4:2x2x4: what sdx.plan compile=true compiles for.",
+        identity=False,
+    )
+    chip_config: str | None = option(
+        None, "libtpu's chip configuration, as megacore; null = its default.", identity=False
+    )
+    chips_per_host: list[int] | None = option(
+        None, "Chips of one host in each dimension of the topology.", identity=False
+    )
+    simulate: bool = option(
+        False,
+        "Rehearse on this machine: a process for each host, virtual CPU devices for its chips.",
+        identity=False,
+    )
+
+
+@dataclass
+class XlaConfig:
+    """Compiler flags, set before JAX is imported."""
+
+    flags: list[str] = option([], "Added to XLA_FLAGS, as --xla_NAME=VALUE.", identity=False)
+    libtpu_args: list[str] = option(
+        [], "Added to LIBTPU_INIT_ARGS, as --xla_NAME=VALUE.", identity=False
+    )
+    memory_fraction: float | None = option(
+        None,
+        "Share of a GPU's memory that JAX takes at its start; null = JAX's own, 0.75.",
+        above=0,
+        at_most=1,
+        identity=False,
+    )
+
+
+@dataclass
+class DistributedConfig:
+    """How the processes of one run find each other; without the first three, from SLURM or the
+    metadata of a TPU."""
+
+    coordinator_address: str | None = option(
+        None, "HOST:PORT of process 0; null = found by itself.", identity=False
+    )
+    num_processes: int | None = option(
+        None, "Processes in all; null = found by itself.", at_least=1, identity=False
+    )
+    process_id: int | None = option(
+        None, "Number of this process, from 0; null = found by itself.", at_least=0, identity=False
+    )
+    initialization_timeout_s: int = option(
+        300,
+        "How long the processes wait for each other.",
+        unit="seconds",
+        at_least=1,
+        identity=False,
+    )
+    heartbeat_timeout_s: int = option(
+        100,
+        "A process that gave no sign of life for so long is dead, and the run ends.",
+        unit="seconds",
+        at_least=1,
+        identity=False,
+    )
+    shutdown_timeout_s: int = option(
+        30,
+        "How long processes wait for each other at their end.",
+        unit="seconds",
+        at_least=1,
         identity=False,
     )
 
@@ -814,6 +917,11 @@ class CheckpointConfig:
         at_least=1,
         identity=False,
     )
+    single_replica_restore: bool = option(
+        False,
+        "Read a checkpoint once, on the devices of one copy of the model, and send it to the others.",
+        identity=False,
+    )
 
 
 @dataclass
@@ -900,6 +1008,7 @@ class Config:
     attention: AttentionConfig = group("Attention kernels.")
     mesh: MeshConfig = group("How devices share the work.")
     hardware: HardwareConfig = group("Where it runs.")
+    xla: XlaConfig = group("Compiler flags.")
     sampler: SamplerConfig = group("How pictures are drawn.")
     run: RunConfig = field(
         default_factory=RunConfig, metadata={"help": "Identity and place of everything written."}
@@ -924,6 +1033,9 @@ class Config:
     )
     profiler: ProfilerConfig = field(
         default_factory=ProfilerConfig, metadata={"help": "A trace of some steps."}
+    )
+    distributed: DistributedConfig = field(
+        default_factory=DistributedConfig, metadata={"help": "How processes find each other."}
     )
     schema_version: int = option(
         SCHEMA_VERSION, "Version of this schema, for migrations.", identity=False

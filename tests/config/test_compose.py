@@ -170,7 +170,7 @@ def test_a_saved_run_moves_to_other_hardware_with_its_batch(tmp_path: Path) -> N
         (
             "model=sd21",
             r"model=sd21: a saved configuration has made this choice; set its keys \(model.…\);"
-            " hardware, mesh or attention may be chosen anew.",
+            " hardware, mesh, attention or xla may be chosen anew.",
         ),
         ("experiment=finetune_sd21", "a saved configuration has made this choice"),
         ("hydra.verbose=true", "hydra: unknown key"),
