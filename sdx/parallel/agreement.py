@@ -1,0 +1,129 @@
+"""What the processes of one run tell each other: a value of the first one, a value of each, a fault.
+
+Values go as JSON through the coordination service of `jax.distributed`, not through the devices:
+so they can be of any length, come before anything is compiled, wait for hours while one process
+works, and cannot fall in between the collectives of a step. All processes make the same calls in
+the same order, from their main thread. A process that died is not waited for: the service ends the
+others (`jax.distributed.initialize`, heartbeats). With one process every call is what it is given.
+"""
+
+import itertools
+import json
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+# The key-value client has no public name; Orbax, Flax and MaxText take it from here too.
+from jax._src import distributed
+
+Value = TypeVar("Value")
+
+_PATIENCE_MS = 7 * 24 * 3600 * 1000  # the first process may be uploading a model
+_TIDY_EVERY = 256  # so many values of the first process are kept by the service at most
+_numbers = itertools.count()
+_told: list[str] = []
+"""Keys of this process that the service still keeps."""
+
+
+class FaultElsewhere(RuntimeError):
+    """Another process cannot go on; the text says which, and why."""
+
+
+def process_index() -> int:
+    """The number of this process; asks no device."""
+    return distributed.global_state.process_id if _is_shared() else 0
+
+
+def process_count() -> int:
+    """Processes of this run; asks no device."""
+    return int(distributed.global_state.num_processes or 1) if _is_shared() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that decides, and writes what all share."""
+    return process_index() == 0
+
+
+def gather(value: Value) -> list[Value]:
+    """The value that each process gave, which JSON can carry, in the order of the processes."""
+    if process_count() == 1:
+        return [value]
+    read, number = len(_told), next(_numbers)
+    _tell(f"{number}/{process_index()}", value)
+    found = [_hear(f"{number}/{process}") for process in range(process_count())]
+    for key in _told[:read]:  # all processes are past what came before
+        _service().key_value_delete(key)
+    del _told[:read]
+    return found
+
+
+def from_first(compute: Callable[[], Value], raises: type[Exception] | None = None) -> Value:
+    """What `compute` makes in the first process, which JSON can carry, or the error of type
+    `raises` that it ended with there; the others call nothing."""
+    if process_count() == 1:
+        return compute()
+    number = next(_numbers)
+    if number % _TIDY_EVERY == 0:
+        gather(None)
+    if is_first():
+        try:
+            value = compute()
+        except raises or () as error:
+            _tell(f"{number}/0", {"error": str(error)})
+            raise
+        _tell(f"{number}/0", {"value": value})
+        return value
+    told = _hear(f"{number}/0")
+    if "error" in told:
+        assert raises is not None
+        raise raises(told["error"])
+    return told["value"]
+
+
+def together(act: Callable[[], Value], raises: tuple[type[Exception], ...]) -> Value:
+    """What `act` makes in each process for itself, when it did in all of them.
+
+    Where it ended with one of `raises` in some of them, these raise it and the others
+    FaultElsewhere, so that none goes on alone.
+    """
+    if process_count() == 1:
+        return act()
+    fault, value = None, None
+    try:
+        value = act()
+    except raises as error:
+        fault = error
+    texts = gather(None if fault is None else f"{this_process()}: {fault}")
+    if fault is not None:
+        raise fault
+    for text in texts:
+        if text is not None:
+            raise FaultElsewhere(text)
+    return value  # pyright: ignore[reportReturnType]  # act returned
+
+
+def this_process() -> str:
+    """Of many processes this one, as messages call it."""
+    return f"process {process_index()} of {process_count()} on {socket.gethostname()}"
+
+
+def _is_shared() -> bool:
+    return distributed.global_state.client is not None
+
+
+def _service() -> Any:
+    return distributed.global_state.client
+
+
+def _tell(name: str, value: Any) -> None:
+    key = _key(name)
+    _service().key_value_set(key, json.dumps(value))
+    _told.append(key)
+
+
+def _hear(name: str) -> Any:
+    return json.loads(_service().blocking_key_value_get(_key(name), _PATIENCE_MS))
+
+
+def _key(name: str) -> str:
+    return f"sdx/agreement/{name}"
