@@ -60,34 +60,27 @@ def make_loader(
     global_batch_size: int,
     resolution: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     buckets: Buckets | None = None,
 ) -> "Loader":
     """An endless iterator over this host's batches from `start_step` on, reading ahead.
 
-    `process_count` must divide `global_batch_size`. Images are square, or of the shape of their
-    bucket.
+    `rows`, ascending, are those of the global batch that this host's devices hold, by default all.
+    Images are square, or of the shape of their bucket.
     """
-    if global_batch_size % process_count:
-        raise DataError(
-            f"train.global_batch_size={global_batch_size}: must be a multiple of the"
-            f" {process_count} hosts; use {global_batch_size // process_count * process_count}."
-        )
-    rows: Rows
+    read: Rows
     if isinstance(source, CachedSource):
-        rows = cached_rows(source, tokenizer, caption_dropout=data.caption_dropout, seed=seed)
+        read = cached_rows(source, tokenizer, caption_dropout=data.caption_dropout, seed=seed)
     else:
-        rows = pixel_rows(
+        read = pixel_rows(
             source, tokenizer, data, seed=seed, resolution=resolution, buckets=buckets
         )
-    order: Order = EndlessOrder(len(rows), global_batch_size, data.shuffle, seed)
+    order: Order = EndlessOrder(len(read), global_batch_size, data.shuffle, seed)
     if buckets is not None:
         order = BucketOrder(buckets, global_batch_size, data.shuffle, seed)
-    num_rows = global_batch_size // process_count
-    host_rows = range(num_rows * process_index, num_rows * (process_index + 1))
+    host_rows = range(global_batch_size) if rows is None else rows
     return Loader(
-        _ReadBatch(rows, order, host_rows),
+        _ReadBatch(read, order, host_rows),
         start_step,
         num_workers=data.num_workers,
         max_bad_fraction=data.max_bad_fraction,
@@ -319,7 +312,7 @@ class _ReadBatch:
 
     rows: Rows
     order: Order
-    host_rows: range
+    host_rows: Sequence[int]
 
     def __call__(self, step: int) -> dict[str, Any]:
         places = self.order(step, self.host_rows)

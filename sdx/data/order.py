@@ -27,8 +27,8 @@ class Places:
 class Order(Protocol):
     """Picklable for loader processes."""
 
-    def __call__(self, step: int, rows: range) -> Places:
-        """These rows of the batch of `step`."""
+    def __call__(self, step: int, rows: Sequence[int]) -> Places:
+        """These rows, ascending, of the batch of `step`."""
         ...
 
 
@@ -46,7 +46,7 @@ class EndlessOrder:
     shuffle: bool
     seed: int
 
-    def __call__(self, step: int, rows: range) -> Places:
+    def __call__(self, step: int, rows: Sequence[int]) -> Places:
         """As `Order`."""
         first = step * self.batch_size
         return Places([self._place(first + row) for row in rows], len(rows))
@@ -72,7 +72,7 @@ class BucketOrder:
     shuffle: bool
     seed: int
 
-    def __call__(self, step: int, rows: range) -> Places:
+    def __call__(self, step: int, rows: Sequence[int]) -> Places:
         """As `Order`."""
         counts = self.buckets.num_batches(self.batch_size)
         epoch, batch = divmod(step, sum(counts))

@@ -1,4 +1,4 @@
-"""What the processes of one run tell each other: a value of the first one, a value of each, a fault.
+"""What the processes of one run tell each other: a value of the first, one of each, a fault.
 
 Values go as JSON through the coordination service of `jax.distributed`, not through the devices:
 so they can be of any length, come before anything is compiled, wait for hours while one process
@@ -57,9 +57,10 @@ def gather(value: Value) -> list[Value]:
     return found
 
 
-def from_first(compute: Callable[[], Value], raises: type[Exception] | None = None) -> Value:
-    """What `compute` makes in the first process, which JSON can carry, or the error of type
-    `raises` that it ended with there; the others call nothing."""
+def from_first(compute: Callable[[], Value], raises: tuple[type[Exception], ...] = ()) -> Value:
+    """What `compute` makes in the first process, which JSON can carry, or the error, one of
+    `raises`, that it ended with there; the others call nothing. Such an error is made anew of its
+    text."""
     if process_count() == 1:
         return compute()
     number = next(_numbers)
@@ -68,15 +69,15 @@ def from_first(compute: Callable[[], Value], raises: type[Exception] | None = No
     if is_first():
         try:
             value = compute()
-        except raises or () as error:
-            _tell(f"{number}/0", {"error": str(error)})
+        except raises as error:
+            kind = next(i for i, kind in enumerate(raises) if isinstance(error, kind))
+            _tell(f"{number}/0", {"error": str(error), "kind": kind})
             raise
         _tell(f"{number}/0", {"value": value})
         return value
     told = _hear(f"{number}/0")
     if "error" in told:
-        assert raises is not None
-        raise raises(told["error"])
+        raise raises[told["kind"]](told["error"])
     return told["value"]
 
 

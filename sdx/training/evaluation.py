@@ -161,8 +161,7 @@ class Evaluator:
             seed=0,
             global_batch_size=self.program.global_batch_size,
             resolution=self.resolution,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=self.program.host_rows,
         )
 
     def _dispatch(self, params: Params, host: HostBatch) -> tuple[Array, ...]:
@@ -174,13 +173,8 @@ class Evaluator:
         weights = np.where(host.epochs == 0, host.weights, np.float32(0))
         batch = program.place_batch(replace(host, weights=weights))
         moments, conditioning = self.encode(self.frozen, batch)
-        rows = (self._place(indices), self._place(timesteps), batch.weights)
+        rows = (program.place_rows(indices), program.place_rows(timesteps), batch.weights)
         return self.measure(params, moments, conditioning, *rows)
-
-    def _place(self, rows: Int32[np.ndarray, " b"]) -> Int32[Array, " b"]:
-        place = sharding.batch_sharding(self.program.mesh)
-        shape = (self.program.global_batch_size,)
-        return jax.make_array_from_process_local_data(place, rows, shape)
 
     @property
     def _num_timesteps(self) -> int:

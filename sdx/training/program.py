@@ -9,9 +9,10 @@ tokens; a frozen one is not even an argument there, so that nothing can differen
 """
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered, Wrapped
-from jaxtyping import Array, Float, Float16, Float32, Int, Int32, UInt8
+from jaxtyping import Array, Float, Float16, Float32, Int, Int32, Shaped, UInt8
 
 from sdx.config import resolve
 from sdx.config.schema import Cache, Config
@@ -147,20 +148,37 @@ class Program:
             lambda x, like: jax.device_put(x, like.sharding), weights, self.abstract_frozen
         )
 
+    @cached_property
+    def host_rows(self) -> Sequence[int]:
+        """The rows of the global batch that lie on this process's devices, ascending.
+
+        Where the devices of a process lie in the mesh is the topology's affair: the rows need not
+        be neighbours, and processes that share a model over `tensor` hold the same ones.
+        """
+        place = sharding.batch_sharding(self.mesh)
+        parts = place.addressable_devices_indices_map((self.global_batch_size,)).values()
+        spans = [range(self.global_batch_size)[part[0]] for part in parts if part is not None]
+        return sorted({row for span in spans for row in span})
+
+    def place_rows(self, rows: Shaped[np.ndarray, "..."]) -> Shaped[Array, "..."]:
+        """The global array of which each process gives its `host_rows`, first dim over the mesh."""
+        shape = (self.global_batch_size, *rows.shape[1:])
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(self.global_batch_size)
+            first = bisect_left(self.host_rows, start)
+            return rows[first : first + stop - start]
+
+        return jax.make_array_from_callback(shape, sharding.batch_sharding(self.mesh), part)
+
     def place_batch(self, host: HostBatch) -> Batch:
         """The global batch of which these are this host's rows."""
-        place = sharding.batch_sharding(self.mesh)
-
-        def whole(rows: np.ndarray) -> jax.Array:
-            shape = (self.global_batch_size, *rows.shape[1:])
-            return jax.make_array_from_process_local_data(place, rows, shape)
-
         return Batch(
-            images=None if host.images is None else whole(host.images),
-            tokens=whole(host.tokens),
-            weights=whole(host.weights),
-            moments=None if host.moments is None else whole(host.moments),
-            context=None if host.context is None else whole(host.context),
+            images=None if host.images is None else self.place_rows(host.images),
+            tokens=self.place_rows(host.tokens),
+            weights=self.place_rows(host.weights),
+            moments=None if host.moments is None else self.place_rows(host.moments),
+            context=None if host.context is None else self.place_rows(host.context),
         )
 
     def lower(self) -> tuple[Lowered, Lowered]:

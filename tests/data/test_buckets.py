@@ -42,7 +42,7 @@ def buckets_of(source: Source) -> Buckets:
     return make_buckets(source, SIDE, MULTIPLE)
 
 
-def take(count: int, *, start: int = 0, num_hosts: int = 1, host: int = 0) -> list[HostBatch]:
+def take(count: int, *, start: int = 0, rows: range = range(4)) -> list[HostBatch]:
     source = Framed()
     with make_loader(
         source,
@@ -52,8 +52,7 @@ def take(count: int, *, start: int = 0, num_hosts: int = 1, host: int = 0) -> li
         global_batch_size=4,
         resolution=SIDE,
         start_step=start,
-        process_index=host,
-        process_count=num_hosts,
+        rows=rows,
         buckets=buckets_of(source),
     ) as batches:
         return list(islice(batches, count))
@@ -119,7 +118,7 @@ def test_batches_have_the_shape_of_their_bucket_and_count_each_image_once():
 def test_resumes_and_hosts_change_nothing():
     whole = take(11)
     assert_equal(take(4, start=7), whole[7:])
-    halves = [take(11, num_hosts=2, host=host) for host in range(2)]
+    halves = [take(11, rows=rows) for rows in (range(2), range(2, 4))]
     for step, batch in enumerate(whole):
         for name in ("images", "tokens", "weights", "indices", "epochs"):
             parts = np.concatenate([getattr(half[step], name) for half in halves])

@@ -181,8 +181,9 @@ def test_neither_do_hosts_nor_the_order_of_their_rows(
         """The rows of two hosts, the second's first."""
 
         def __init__(self, *args: Any, **kwargs: Any):
-            kwargs["process_count"] = 2
-            self.hosts = [make_loader(*args, **kwargs | {"process_index": i}) for i in (1, 0)]
+            half = len(kwargs["rows"]) // 2
+            halves = kwargs["rows"][half:], kwargs["rows"][:half]
+            self.hosts = [make_loader(*args, **kwargs | {"rows": rows}) for rows in halves]
             self.bad_images: dict[int, Any] = {}
 
         def __next__(self) -> HostBatch:

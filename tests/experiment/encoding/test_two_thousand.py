@@ -79,7 +79,8 @@ def global_batches(config: Config, source: Source, tokenizer: Any) -> Iterator[l
         loaders = [
             make_loader(
                 source, tokenizer, config.data, seed=config.run.seed, global_batch_size=BATCH,
-                resolution=SIDE, start_step=first, process_index=rank, process_count=process_count,
+                resolution=SIDE, start_step=first,
+                rows=range(BATCH)[rank * BATCH // process_count :][: BATCH // process_count],
             )
             for rank in range(process_count)
         ]  # fmt: skip
