@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from sdx.config.cli import run
+from sdx.config.command_keys import PlanKeys
 from sdx.config.errors import ConfigError
 from sdx.config.schema import Config
 
@@ -15,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run("plan", sys.argv[1:] if argv is None else argv, plan)
 
 
-def plan(config: Config, _: list[str]) -> int:
+def plan(config: Config, _: list[str], keys: PlanKeys) -> int:
     """Prints what `config` needs; JAX is imported here, after every check that needs none."""
     from sdx.parallel.mesh import MeshError
     from sdx.planning.estimate import PlanError, estimate

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdx.config import peers
+from sdx.config.command_keys import COMMAND_KEYS, keys_of
 from sdx.config.errors import Problem, nearest
 from sdx.config.leaves import leaves
 
@@ -111,7 +112,8 @@ def _foreign(name: str, value: str | None, tokens: list[str]) -> Problem:
         return Problem(shown, None, *known)
     key = name.lstrip("-").replace("-", "_")
     by_name = {path.rpartition(".")[2]: path for path in reversed(leaves())}
-    near = nearest(key, [*leaves(), *by_name])
+    own = [name for command in COMMAND_KEYS for name in keys_of(command)]
+    near = nearest(key, [*own, *leaves(), *by_name])
     near = by_name.get(near, near) if near else None
     fix = "options are written KEY=VALUE" + (f": {near}={value or '…'}" if near else "")
     return Problem(shown, None, "unknown flag", fix)

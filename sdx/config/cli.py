@@ -3,7 +3,7 @@
 A command is its name and a body; everything before the body (help, errors, saved configurations,
 sweeps) is here, and none of it imports JAX. Exit codes: what the body returns; 2 for a
 configuration that must not run; of a sweep 1 if a job failed, else 75 if one was interrupted, else
-0.
+3 if one does not fit, else 0.
 """
 
 import dataclasses
@@ -14,17 +14,21 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sdx.config.arguments import Arguments, parse_arguments
 from sdx.config.errors import ConfigError, Problem
 from sdx.config.folders import CONF, option_folders
 from sdx.config.schema import Config
 
-Body = Callable[[Config, list[str]], int]
+Body = Callable[..., int]
+"""(config, overrides), and for a command with root keys of its own (command_keys.py) those as well,
+to the exit code."""
 Adjust = Callable[[Config], Config]
 
-_REFUSED, _INTERRUPTED, _FAILED = 2, 75, 1
+_REFUSED, _INTERRUPTED, _FAILED, _DOES_NOT_FIT = 2, 75, 1, 3
 _PLACES = ("run.name=", "run.output_dir=")  # with these a saved configuration leaves its folder
 
 
@@ -38,7 +42,11 @@ def run(command: str, argv: Sequence[str], body: Body, *, adjust: Adjust | None 
     """Compose and check what `argv` asks for, then run `body(config, overrides)`; returns the exit
     code. `adjust` is what the command makes of a composed configuration before it is checked.
     """
+    from sdx.config.command_keys import take
+
     arguments = parse_arguments(argv)
+    arguments.overrides, own, problems = take(command, arguments.overrides)
+    arguments.problems += problems
     if arguments.wants_help:
         from sdx.config.help import page
 
@@ -49,12 +57,18 @@ def run(command: str, argv: Sequence[str], body: Body, *, adjust: Adjust | None 
             _show(command, arguments)
             return 0
         jobs = _jobs(arguments, adjust)
+        if own is not None:
+            body = partial(_with_own, body, own)
         if arguments.multirun:
-            return _sweep(command, arguments, jobs, body)
+            return _sweep(command, arguments, jobs, body, own is not None and own.writes_data)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return _REFUSED
     return body(jobs[0].config, jobs[0].overrides)
+
+
+def _with_own(body: Body, own: Any, config: Config, overrides: list[str]) -> int:
+    return body(config, overrides, own)
 
 
 def _jobs(arguments: Arguments, adjust: Adjust | None) -> list[_Job]:
@@ -150,9 +164,11 @@ def _exports(job: _Job) -> bool:
     return export.at_end and ("export.at_end" in typed or uploads)
 
 
-def _sweep(command: str, arguments: Arguments, jobs: list[_Job], body: Body) -> int:
+def _sweep(
+    command: str, arguments: Arguments, jobs: list[_Job], body: Body, writes_data: bool
+) -> int:
     """All jobs one after the other through Hydra's sweeper; Ctrl-C in one leaves the rest
-    unstarted.
+    unstarted. Where jobs write data, what is said of them goes to standard error.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -162,7 +178,8 @@ def _sweep(command: str, arguments: Arguments, jobs: list[_Job], body: Body) -> 
         job = jobs[HydraConfig.get().job.num]
         if _INTERRUPTED in codes:
             return
-        print(f"job {len(codes) + 1} of {len(jobs)}: {' '.join(job.overrides)}", flush=True)
+        said = f"job {len(codes) + 1} of {len(jobs)}: {' '.join(job.overrides)}"
+        print(said, flush=True, file=sys.stderr if writes_data else sys.stdout)
         try:
             codes.append(body(job.config, job.overrides))
         except Exception:
@@ -179,9 +196,9 @@ def _sweep(command: str, arguments: Arguments, jobs: list[_Job], body: Body) -> 
 
 def exit_code(codes: Sequence[int]) -> int:
     """The exit code of a sweep whose jobs ended with `codes`."""
-    if any(code not in {0, _INTERRUPTED} for code in codes):
+    if any(code not in {0, _INTERRUPTED, _DOES_NOT_FIT} for code in codes):
         return _FAILED
-    return _INTERRUPTED if _INTERRUPTED in codes else 0
+    return next((code for code in (_INTERRUPTED, _DOES_NOT_FIT) if code in codes), 0)
 
 
 def _show(command: str, arguments: Arguments) -> None:

@@ -3,8 +3,9 @@
 import textwrap
 from pathlib import Path
 
+from sdx.config.command_keys import keys_of
 from sdx.config.folders import default_options, group_options, option_folders
-from sdx.config.leaves import leaves, spelled
+from sdx.config.leaves import Leaf, leaves, spelled
 
 _COMMANDS = {
     "train": "train, or continue where a run of the same configuration stopped",
@@ -52,7 +53,7 @@ Groups: choose one option of each (* is the default)
 
 Keys people change most (all of them: docs/config.md)
 {keys}
-
+{own}
 Switches
   --cfg job         show the composed configuration and stop; --resolve, --package NAME
   --multirun, -m    one job for every combination: optimizer.lr=1e-5,5e-6 run.seed=0,1
@@ -69,7 +70,7 @@ samples/, metrics.jsonl, tensorboard/, config.yaml, run.json. The same command g
 Examples
   python -m sdx.train
   python -m sdx.train data=imagefolder data.dir=photos model=sd21_base hardware=gpu_24gb_1
-  python -m sdx.plan experiment=finetune_sd21 data.dir=photos hardware=tpu_v4_32
+  python -m sdx.plan experiment=finetune_sd21 data.dir=photos hardware=tpu_v4_32 compile=true
   python -m sdx.train experiment=finetune_sd21 data.dir=photos hardware=gpu_a100_8"""
 
 
@@ -79,8 +80,15 @@ def page(command: str, config_dir: Path | None = None) -> str:
         command=command,
         commands=_table(_COMMANDS),
         groups="\n".join(_groups(config_dir)),
-        keys=_table({key: _key_text(key) for key in _CHANGED_MOST}),
+        keys=_table({key: _key_text(leaves()[key]) for key in _CHANGED_MOST}),
+        own=_own(command),
     )
+
+
+def _own(command: str) -> str:
+    """The keys that `command` alone takes, as a section of the page."""
+    keys = {key: _key_text(leaf) for key, leaf in keys_of(command).items()}
+    return f"\nKeys of sdx.{command} alone\n{_table(keys)}\n" if keys else ""
 
 
 def _table(rows: dict[str, str]) -> str:
@@ -108,8 +116,8 @@ def _groups(config_dir: Path | None) -> list[str]:
     return [_table(dict(lines))]
 
 
-def _key_text(key: str) -> str:
-    leaf = leaves()[key]
+def _key_text(leaf: Leaf) -> str:
     unit = f" [{leaf.unit}]" if leaf.unit else ""
     default = "" if leaf.required else f" (default {spelled(leaf.default) or 'empty'})"
-    return f"{leaf.help}{unit}{default}"
+    choices = f": {', '.join(leaf.choices)}" if leaf.choices else ""
+    return f"{leaf.help.rstrip('.') if choices else leaf.help}{choices}{unit}{default}"

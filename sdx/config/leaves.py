@@ -70,6 +70,11 @@ def leaves() -> dict[str, Leaf]:
     return {leaf.path: leaf for leaf in _walk(Config, "")}
 
 
+def leaves_of(cls: type) -> dict[str, Leaf]:
+    """Every key of another dataclass of options."""
+    return {leaf.path: leaf for leaf in _walk(cls, "")}
+
+
 @cache
 def groups() -> dict[str, type]:
     """The dataclass behind every inner path (`train`, `model.unet`, …)."""

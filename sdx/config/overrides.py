@@ -114,6 +114,22 @@ def explain(error: Exception) -> Problem:
     return Problem("conf", None, " ".join(str(error).split()).rstrip("."))
 
 
+def type_fault(leaf: Leaf, got: Any, shown: str, root: type = Config) -> Problem | None:
+    """Whether OmegaConf would refuse `got` for this key of `root`."""
+    group, _, name = leaf.path.rpartition(".")
+    node = OmegaConf.structured(groups()[group] if group else root)
+    assert isinstance(node, DictConfig)
+    try:
+        node[name] = got
+    except OmegaConfBaseException:
+        is_dtype = leaf.kind in {WeightsDtype, ActivationsDtype}
+        if is_dtype and str(got).lower() in _HALF:
+            rule = "float16 overflows without loss scaling; bfloat16 has float32's range in 2 bytes"
+            return Problem(leaf.path, shown, rule, f"use {leaf.path}=bfloat16")
+        return Problem(leaf.path, shown, f"must be {leaf.type_name}", _type_fix(leaf, got))
+    return None
+
+
 def _judge(override: Override, options: dict[str, list[str]]) -> Iterator[Problem]:
     key = override.key_or_group
     if override.is_sweep_override():
@@ -167,7 +183,7 @@ def _judge_value(
         return
     elif got == "???":
         yield Problem(path, got, "a value is needed", f"it takes {leaf.type_name}")
-    elif fault := _type_fault(leaf, got, shown):
+    elif fault := type_fault(leaf, got, shown):
         yield fault
 
 
@@ -212,22 +228,6 @@ def _nearest_key(path: str, options: dict[str, list[str]]) -> str | None:
     by_name = {key.rpartition(".")[2]: key for key in leaves()}
     near = nearest(name, siblings)
     return siblings[near] if near else by_name.get(nearest(name, by_name) or "")
-
-
-def _type_fault(leaf: Leaf, got: Any, shown: str) -> Problem | None:
-    """Whether OmegaConf would refuse `got` for this key."""
-    group, _, name = leaf.path.rpartition(".")
-    node = OmegaConf.structured(groups()[group] if group else Config)
-    assert isinstance(node, DictConfig)
-    try:
-        node[name] = got
-    except OmegaConfBaseException:
-        is_dtype = leaf.kind in {WeightsDtype, ActivationsDtype}
-        if is_dtype and str(got).lower() in _HALF:
-            rule = "float16 overflows without loss scaling; bfloat16 has float32's range in 2 bytes"
-            return Problem(leaf.path, shown, rule, f"use {leaf.path}=bfloat16")
-        return Problem(leaf.path, shown, f"must be {leaf.type_name}", _type_fix(leaf, got))
-    return None
 
 
 def _type_fix(leaf: Leaf, got: Any) -> str | None:
