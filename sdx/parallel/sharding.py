@@ -13,12 +13,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sdx.parallel.mesh import BATCH_AXES
 
 SMALLEST_SHARDED_BYTES = 64 * 1024
+
+AnyMesh = Mesh | AbstractMesh
+"""Of devices, or of their number alone."""
 
 Rule = tuple[str, P]
 UNET_RULES: tuple[Rule, ...] = (
@@ -46,7 +49,7 @@ def path_name(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> Any:
+def parameter_shardings(params: Any, mesh: AnyMesh, rules: Sequence[Rule] = ()) -> Any:
     """The sharding of each array of `params` (arrays or shapes), in a tree of the same structure.
 
     Raises ShardingError when a rule matches no parameter.
@@ -63,7 +66,7 @@ def parameter_shardings(params: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> 
     )
 
 
-def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+def state_shardings(state: Any, params: Any, shardings: Any, mesh: AnyMesh) -> Any:
     """Shardings of a whole training state: leaves whose path ends in a parameter's path, with its
     shape, lie as it does; others like parameters that no rule names, counters on every device.
     """
@@ -81,17 +84,17 @@ def state_shardings(state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
     return jax.tree.map_with_path(inherit, state)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """First dim over data and fsdp, the rest whole."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, P())
 
 
-def batch_divisor(mesh: Mesh) -> int:
+def batch_divisor(mesh: AnyMesh) -> int:
     """The number of shares a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
@@ -105,7 +108,7 @@ def _by_path(params: Any, shardings: Any) -> Mapping[str, tuple[tuple[int, ...],
     }
 
 
-def _spec(name: str, leaf: Any, mesh: Mesh, rules: Sequence[Rule]) -> P:
+def _spec(name: str, leaf: Any, mesh: AnyMesh, rules: Sequence[Rule]) -> P:
     if leaf.size * leaf.dtype.itemsize < SMALLEST_SHARDED_BYTES:
         return P()
     for pattern, spec in rules:
@@ -118,7 +121,7 @@ def _spec(name: str, leaf: Any, mesh: Mesh, rules: Sequence[Rule]) -> P:
     return P(*("fsdp" if dim == largest else None for dim in range(largest + 1)))
 
 
-def _divides(spec: P, shape: tuple[int, ...], mesh: Mesh) -> bool:
+def _divides(spec: P, shape: tuple[int, ...], mesh: AnyMesh) -> bool:
     return all(
         axis is None or size % mesh.shape[axis] == 0 for axis, size in zip(spec, shape, strict=True)
     )

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered, Wrapped
 from jaxtyping import Array, Float, Float16, Float32, Int, Int32, Shaped, UInt8
+from optax import GradientTransformation
 
 from sdx.config import resolve
 from sdx.config.schema import Cache, Config
@@ -135,7 +136,9 @@ class Program:
         params = {
             name: weights.get(name) or self._random(name, where) for name, where in place.items()
         }
-        make = partial(_initial, self.rule, self.abstract_state.ema is not None)
+        make = partial(
+            initial_state, optimizer=self.rule.optimizer, ema=self.abstract_state.ema is not None
+        )
         return jax.jit(make, out_shardings=self.state_shardings)(params)
 
     def _random(self, name: str, place: Any) -> Params:
@@ -239,13 +242,7 @@ def build(
     captions = IN_THE_STEP if config.train.text_encoder else BEFORE_THE_STEP
     predict = partial(captions.predict, networks)
     rule = _make_rule(config, mesh, predict, max_steps, batch_size)
-    trained, frozen = _trained_and_frozen(config, networks)
-    state = jax.eval_shape(partial(_initial, rule, config.train.ema), trained)
-    places = {
-        name: sharding.parameter_shardings(params, mesh, RULES[name])
-        for name, params in trained.items()
-    }
-    abstract_state = _placed(state, sharding.state_shardings(state, state.params, places, mesh))
+    abstract_state, abstract_frozen = abstract_arrays(config, mesh, networks, rule.optimizer)
     batch = sharding.batch_sharding(mesh)
     return Program(
         mesh=mesh,
@@ -255,8 +252,8 @@ def build(
         flops_per_step=batch_size
         * sum(share * _flops_per_example(config, size) for size, share in sizes.items()),
         abstract_state=abstract_state,
-        abstract_frozen=_placed(frozen, sharding.parameter_shardings(frozen, mesh)),
-        abstract_batches=tuple(_abstract_batch(config, mesh, batch_size, size) for size in sizes),
+        abstract_frozen=abstract_frozen,
+        abstract_batches=tuple(abstract_batch(config, mesh, batch_size, size) for size in sizes),
         encode=jax.jit(partial(captions.encode, networks), out_shardings=batch),
         step=jax.jit(
             partial(train_step, rule),
@@ -266,6 +263,24 @@ def build(
                 sharding.replicated(mesh),
             ),
         ),
+    )
+
+
+def abstract_arrays(
+    config: Config, mesh: sharding.AnyMesh, networks: Networks, optimizer: GradientTransformation
+) -> tuple[TrainState, Params]:
+    """Shapes, types and places of the state and of the frozen networks' parameters; needs no
+    devices."""
+    trained, frozen = _trained_and_frozen(config, networks)
+    start = partial(initial_state, optimizer=optimizer, ema=config.train.ema)
+    state = jax.eval_shape(start, trained)
+    places = {
+        name: sharding.parameter_shardings(params, mesh, RULES[name])
+        for name, params in trained.items()
+    }
+    return (
+        _placed(state, sharding.state_shardings(state, state.params, places, mesh)),
+        _placed(frozen, sharding.parameter_shardings(frozen, mesh)),
     )
 
 
@@ -399,11 +414,10 @@ def _make_rule(
     )
 
 
-def _initial(rule: StepRule, ema: bool, params: Params) -> TrainState:
-    return initial_state(params, rule.optimizer, ema=ema)
-
-
-def _abstract_batch(config: Config, mesh: Mesh, batch_size: int, size: tuple[int, int]) -> Batch:
+def abstract_batch(
+    config: Config, mesh: sharding.AnyMesh, batch_size: int, size: tuple[int, int]
+) -> Batch:
+    """Shapes, types and places of one global batch of images of `size`, or of what is cached."""
     length = config.model.text_encoder.max_position_embeddings
     place = sharding.batch_sharding(mesh)
 
