@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
-from sdx.config import check_attention, check_cache, check_data, resolve
+from sdx.config import check_attention, check_cache, check_data, check_mesh, resolve
 from sdx.config.errors import Problem, any_of
 from sdx.config.leaves import Leaf, leaves, spelled, value
 from sdx.config.samplers import divides_by_zero, most_steps, refusal
@@ -454,53 +454,6 @@ def _equal(config: Config, first: str, second: str) -> Iterator[Problem]:
         yield Problem(first, spelled(one), f"must equal {second}={spelled(other)}")
 
 
-def _mesh(config: Config) -> Iterator[Problem]:
-    axes = mesh_axes(config)
-    bad = [name for name, size in axes.items() if size < 1 and size != -1]
-    for name in bad:
-        yield Problem(f"mesh.ici.{name}", str(axes[name]), "must be at least 1, or -1 to fill")
-    fills = [name for name, size in axes.items() if size == -1]
-    if len(fills) > 1:
-        rule = f"only one axis may fill, mesh.ici.{fills[0]} does"
-        yield Problem(f"mesh.ici.{fills[1]}", "-1", rule)
-    devices = config.hardware.num_devices
-    if not bad and len(fills) <= 1 and devices is not None:
-        yield from _mesh_size(config, axes, devices)
-
-
-def mesh_axes(config: Config) -> dict[str, int]:
-    """Axis sizes as configured, -1 for the one that fills."""
-    ici = config.mesh.ici
-    return {"data": ici.data, "fsdp": ici.fsdp, "tensor": ici.tensor}
-
-
-def _mesh_size(config: Config, axes: dict[str, int], devices: int) -> Iterator[Problem]:
-    named = f"{devices} device{'s' * (devices > 1)} of hardware={config.hardware.name}"
-    odd = [name for name, size in axes.items() if size > 0 and devices % size]
-    for name in odd:
-        rule = f"must divide the {named}"
-        yield Problem(
-            f"mesh.ici.{name}", str(axes[name]), rule, f"use {any_of(_divisors(devices))}"
-        )
-    product = 1
-    for size in axes.values():
-        product *= max(size, 1)
-    if odd or product == devices or (-1 in axes.values() and devices % product == 0):
-        return
-    sizes = " x ".join(f"{name} {size}" for name, size in axes.items() if size != -1)
-    fix = (
-        None
-        if -1 in axes.values()
-        else f"use mesh=dp, mesh=fsdp or axes whose product is {devices}"
-    )
-    yield Problem("mesh.ici", None, f"{sizes} is {product}, but there are {named}", fix)
-
-
-def _divisors(number: int) -> list[int]:
-    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
-    return sorted({*small, *(number // size for size in small)})
-
-
 def _batch(config: Config) -> Iterator[Problem]:
     train, devices = config.train, config.hardware.num_devices
     if train.global_batch_size is None and train.per_device_batch_size is None:
@@ -530,17 +483,12 @@ def _batch(config: Config) -> Iterator[Problem]:
 
 def _batch_unit(config: Config) -> tuple[int, str]:
     """What the global batch must be a multiple of, and how that is made; 0 where it is unknown."""
-    axes, devices = mesh_axes(config), config.hardware.num_devices
-    fixed = max(axes["tensor"], 1)
-    if -1 not in (axes["data"], axes["fsdp"]):
-        parts = axes["data"] * axes["fsdp"]
-    elif devices is None or devices % fixed:
+    shares = check_mesh.batch_shares(config.mesh, config.hardware)
+    if shares is None:
         return 0, ""
-    else:
-        parts = devices // fixed
     accumulation = config.train.gradient_accumulation
     formula = "mesh data x fsdp" + (" x gradient_accumulation" if accumulation > 1 else "")
-    return max(parts, 0) * accumulation, formula
+    return shares * accumulation, formula
 
 
 def _neighbours(got: int, unit: int) -> str:
@@ -595,7 +543,7 @@ _RULES: list[Callable[[Config], Iterator[Problem]]] = [
     _weights,
     _architecture,
     _hardware,
-    _mesh,
+    check_mesh.mesh_problems,
     _batch,
     _names,
     _places,

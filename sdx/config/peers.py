@@ -121,6 +121,11 @@ _NO_QUANTIZATION = (
 )
 _ENCODE = (None, "sdx.encode writes caches; tar files are read where they lie: data=webdataset")
 
+_CONTEXT_PARALLEL = {
+    place: (f"mesh.{place}.tensor", "with attention.shard_sequence=true; it is axis tensor here")
+    for place in ("ici", "dcn")
+}
+
 _BOTH = _rows(
     (MAXDIFFUSION, DIFFUSERS),
     Outcome.key,
@@ -184,9 +189,14 @@ _MAXDIFFUSION_KEYS = _rows(
             "and the other diffusion.* keys",
             {"": "…"},
         ),
+        "dcn_data_parallelism": "mesh.dcn.data",
+        "dcn_fsdp_parallelism": "mesh.dcn.fsdp",
+        "dcn_tensor_parallelism": "mesh.dcn.tensor",
         "ici_data_parallelism": "mesh.ici.data",
         "ici_fsdp_parallelism": "mesh.ici.fsdp",
         "ici_tensor_parallelism": "mesh.ici.tensor",
+        "ici_context_parallelism": _CONTEXT_PARALLEL["ici"],
+        "dcn_context_parallelism": _CONTEXT_PARALLEL["dcn"],
         "train_split": "data.split",
         "dataset_type": (
             "data",
@@ -268,6 +278,10 @@ _MAXDIFFUSION_REST = (
                 "a kernel's own padding is always masked; attention.mask_padding_tokens is another"
                 " thing",
             ),
+            "attention_sharding_uniform": (
+                None,
+                "attention.shard_sequence splits self- and cross-attention alike",
+            ),
             "jit_initializers": (None, "state is made sharded, under jit"),
             "skip_jax_distributed_system": (None, "it follows from hardware.num_hosts"),
             "data_files_pattern": _ENCODE,
@@ -283,12 +297,6 @@ _MAXDIFFUSION_REST = (
         (MAXDIFFUSION,),
         Outcome.planned,
         {
-            "attention_sharding_uniform": "attention.shard_sequence",
-            "ici_context_parallelism": "attention.shard_sequence",
-            "dcn_data_parallelism": "mesh.dcn.data",
-            "dcn_fsdp_parallelism": "mesh.dcn.fsdp",
-            "dcn_tensor_parallelism": "mesh.dcn.tensor",
-            "dcn_context_parallelism": "attention.shard_sequence",
             "enable_single_replica_ckpt_restoring": "checkpoint.single_replica_restore",
             "compile_topology_num_slices": ("sdx.plan", "compiles for chips that are not here"),
         },
@@ -297,7 +305,7 @@ _MAXDIFFUSION_REST = (
         (MAXDIFFUSION,),
         Outcome.unsupported,
         {
-            "mesh_axes": (None, "the axes are data, fsdp and tensor; set mesh.ici.*"),
+            "mesh_axes": (None, "the axes are data, fsdp and tensor; set mesh.ici.*, mesh.dcn.*"),
             "logical_axis_rules": (None, "sharding rules are a tested table in the code"),
             "opt_enable_grad_clipping": (
                 None,

@@ -2,22 +2,26 @@
 configured.
 
 Axis `data` copies the model, `fsdp` shares its parameters (the batch is split over both), `tensor`
-shares the width of attention and feed-forward layers. Sizes come from `mesh.ici`; what an array
-does with the axes is in sharding.py.
+shares the width of attention and feed-forward layers. An axis is its size in `mesh.dcn`, over
+slices or hosts, times its size in `mesh.ici`, over the devices of one; which sizes are possible is
+decided in config/check_mesh.py, what an array does with the axes in sharding.py.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from sdx.config.schema import HardwareConfig, MeshAxes, MeshConfig, Platform
+from sdx.config.check_mesh import AXES, MeshSizes, mesh_sizes, num_parts, size_problems
+from sdx.config.schema import HardwareConfig, MeshConfig, Platform
+from sdx.parallel.agreement import process_count
 
-AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 Device = Any  # jax.Device, which is a variable to type checkers
@@ -30,13 +34,15 @@ class MeshError(ValueError):
 def claim_devices(hardware: HardwareConfig) -> None:
     """Tell JAX, before its first use of a device, which platform the run is for.
 
-    A CPU has as many devices as the preset asks for: they are virtual. Without effect once JAX has
-    started its devices; `make_mesh` then says if they are others.
+    A CPU has as many devices as the preset asks for, in a rehearsal too: they are virtual, and
+    each process has its share. Without effect once JAX has started its devices; `make_mesh` then
+    says if they are others.
     """
-    if hardware.platform is Platform.cpu:
+    if hardware.platform is Platform.cpu or hardware.simulate:
         with suppress(RuntimeError):
             jax.config.update("jax_platforms", "cpu")
-            jax.config.update("jax_num_cpu_devices", hardware.num_devices or 1)
+            num_devices = (hardware.num_devices or process_count()) // process_count()
+            jax.config.update("jax_num_cpu_devices", num_devices)
 
 
 def make_mesh(
@@ -44,13 +50,36 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with axes data, fsdp, tensor (Auto) over `devices`, by default all that JAX has.
 
-    Raises MeshError where the devices are not those of `hardware` or `mesh.ici` does not divide
-    them.
+    They may be described ones, of chips that are not here, and virtual ones of a CPU, which stand
+    for as many slices or hosts as `hardware` says. Raises MeshError where the devices are not those
+    of `hardware`, or the axes do not divide them.
     """
     devices = _check_devices(hardware, _found(hardware) if devices is None else devices)
-    shape = axis_sizes(mesh.ici, len(devices), hardware.name)
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    hardware = _as_found(hardware, devices)
+    sizes = mesh_sizes(mesh, hardware)
+    if sizes is None:
+        raise MeshError(_impossible(mesh, hardware))
+    grid = arrange(devices, sizes)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(devices: Sequence[Device], sizes: MeshSizes) -> np.ndarray:
+    """The devices along data, fsdp and tensor: each part of `sizes.dcn` is a block of neighbours,
+    laid out within as its network likes it.
+
+    As `mesh_utils.create_hybrid_device_mesh`, but a part may be several hosts, or, where the
+    devices of one process stand for many, a share of them.
+    """
+    devices = sorted(devices, key=_place)
+    num_parts = math.prod(sizes.dcn)
+    if num_parts == 1 or _is_one_torus(devices):
+        return _arrange_part(devices, sizes.total)
+    parts = np.array_split(np.arange(len(devices)), num_parts)
+    _check_parts(devices, parts)
+    blocks = np.empty(num_parts, dtype=object)
+    for index, part in enumerate(parts):
+        blocks[index] = _arrange_part([devices[i] for i in part], sizes.ici)
+    return np.block(blocks.reshape(sizes.dcn).tolist())
 
 
 def one_device_mesh() -> Mesh:
@@ -64,37 +93,59 @@ def local_devices_mesh() -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def axis_sizes(axes: MeshAxes, num_devices: int, hardware_name: str) -> tuple[int, int, int]:
-    """Sizes of data, fsdp and tensor for `num_devices`, with the axis given as -1 filled in."""
-    sizes = {name: getattr(axes, name) for name in AXES}
-    filled = [name for name, size in sizes.items() if size == -1]
-    if len(filled) > 1:
-        raise MeshError(
-            f"mesh.ici: {' and '.join(filled)} are -1; one axis may fill what the others leave. "
-            "Give the others a size."
-        )
-    for name, size in sizes.items():
-        rest = math.prod(other for axis, other in sizes.items() if axis != name and other > 0)
-        if size != -1 and (size < 1 or num_devices % (size * rest)):
-            _refuse(name, size, num_devices, rest, hardware_name)
-    product = math.prod(size for size in sizes.values() if size != -1)
-    if not filled and product != num_devices:
-        raise MeshError(
-            f"mesh.ici: data x fsdp x tensor is {product}, but hardware={hardware_name} has "
-            f"{num_devices} devices; set one axis to -1 to fill."
-        )
-    data, fsdp, tensor = (num_devices // product if s == -1 else s for s in sizes.values())
-    return data, fsdp, tensor
+def _impossible(mesh: MeshConfig, hardware: HardwareConfig) -> str:
+    problems = "\n".join(map(str, size_problems(mesh, hardware)))
+    parts, devices = num_parts(hardware), hardware.num_devices
+    return problems or f"hardware.num_devices={devices}: must be a multiple of its {parts} hosts."
 
 
-def _refuse(axis: str, size: int, num_devices: int, rest: int, hardware_name: str) -> None:
-    room = num_devices // rest if num_devices % rest == 0 else num_devices
-    possible = [str(n) for n in range(1, room + 1) if room % n == 0]
-    choices = possible[0] if len(possible) == 1 else f"{', '.join(possible[:-1])} or {possible[-1]}"
-    times = f" together with the other axes ({rest})" if rest > 1 else ""
-    raise MeshError(
-        f"mesh.ici.{axis}={size}: must divide the {num_devices} devices of "
-        f"hardware={hardware_name}{times}; use {choices}."
+def _arrange_part(devices: Sequence[Device], shape: tuple[int, int, int]) -> np.ndarray:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def _place(device: Device) -> tuple[int, int, int]:
+    """Slice, process, number: devices that are close are neighbours in this order."""
+    return getattr(device, "slice_index", 0) or 0, device.process_index, device.id
+
+
+def _is_one_torus(devices: Sequence[Device]) -> bool:
+    """TPUs of one slice: all are joined by their own network, however many hosts they are on."""
+    return devices[0].platform == "tpu" and len({_place(device)[0] for device in devices}) == 1
+
+
+def _check_parts(devices: Sequence[Device], parts: Sequence[np.ndarray]) -> None:
+    """No host may be cut by `mesh.dcn`; devices of a CPU are virtual and may stand for any."""
+    if devices[0].platform == "cpu":
+        return
+    host = _host_of(devices)
+    for part in parts[1:]:
+        first = devices[part[0]]
+        if host(first) == host(devices[part[0] - 1]):
+            count = sum(host(device) == host(first) for device in devices)
+            raise MeshError(
+                f"mesh.dcn: {len(parts)} parts would cut a host, which has {count} devices here; "
+                "allowed: as many parts as there are hosts, or groups of hosts. "
+                "fix: give hardware.num_hosts and mesh.dcn as they are on this machine."
+            )
+
+
+def _host_of(devices: Sequence[Device]) -> Callable[[Device], int]:
+    """What tells hosts apart: the process, or the slice where there are several: JAX gives GPUs of
+    one machine the same, also where each has a process of its own."""
+    by_slice = len({_place(device)[0] for device in devices}) > 1
+    return lambda device: _place(device)[0 if by_slice else 1]
+
+
+def _as_found(hardware: HardwareConfig, devices: Sequence[Device]) -> HardwareConfig:
+    """With the numbers of devices, slices and hosts where the preset leaves them to the machine."""
+    if hardware.num_devices is not None:
+        return hardware
+    slices = len({_place(device)[0] for device in devices})
+    return replace(
+        hardware,
+        num_devices=len(devices),
+        num_slices=slices if hardware.platform is Platform.tpu else 1,
+        num_hosts=len(set(map(_host_of(devices), devices))),
     )
 
 
@@ -109,12 +160,15 @@ def _found(hardware: HardwareConfig) -> list[Device]:
 def _check_devices(hardware: HardwareConfig, devices: Sequence[Device]) -> Sequence[Device]:
     found = devices[0]
     faults = []
-    if found.platform != hardware.platform.name:
+    if found.platform != hardware.platform.name and not hardware.simulate:
         faults.append(("platform", found.platform, hardware.platform.name))
-    if hardware.device_kind is not None and found.device_kind != hardware.device_kind:
+    if hardware.device_kind not in (None, found.device_kind) and not hardware.simulate:
         faults.append(("device_kind", found.device_kind, hardware.device_kind))
     if hardware.num_devices is not None and len(devices) != hardware.num_devices:
         faults.append(("num_devices", len(devices), hardware.num_devices))
+    slices = len({_place(device)[0] for device in devices})
+    if found.platform == "tpu" and hardware.num_devices and slices != hardware.num_slices:
+        faults.append(("num_slices", slices, hardware.num_slices))
     if faults:
         lines = [f"  hardware.{key}: found {got}, wanted {wanted}" for key, got, wanted in faults]
         raise MeshError(

@@ -15,6 +15,7 @@ from tests.config.quick import quick
 pytestmark = pytest.mark.fast
 
 PHOTOS = "data=imagefolder data.dir=photos"
+TWO_SLICES = "hardware=tpu_v4_32 hardware.num_slices=2"
 RULES = {
     "bound": ("optimizer.eps=0", "optimizer.eps=0: must be above 0."),
     "two-sided bound": ("optimizer.b1=1", "optimizer.b1=1: must be at least 0 and below 1."),
@@ -424,11 +425,51 @@ RULES = {
     "mesh product": (
         "hardware=gpu_h100_8 mesh=single",
         "mesh.ici: data 1 x fsdp 1 x tensor 1 is 1, but there are 8 devices of"
-        " hardware=gpu_h100_8; use mesh=dp, mesh=fsdp or axes whose product is 8.",
+        " hardware=gpu_h100_8; use mesh.ici.data=8, or mesh.ici.fsdp=8, or mesh.ici.tensor=8,"
+        " or axes whose product is 8.",
     ),
     "mesh too large": (
         "hardware=gpu_h100_8 mesh.ici.fsdp=4 mesh.ici.tensor=4",
-        "mesh.ici: fsdp 4 x tensor 4 is 16, but there are 8 devices of hardware=gpu_h100_8.",
+        "mesh.ici: fsdp 4 x tensor 4 is 16, but there are 8 devices of hardware=gpu_h100_8;"
+        " use mesh.ici.fsdp=1 or 2, or mesh.ici.tensor=1 or 2, or axes whose product divides 8.",
+    ),
+    "mesh axis within a host": (
+        "hardware=gpu_h100_8x8 mesh=hsdp mesh.ici.fsdp=3",
+        "mesh.ici.fsdp=3: must divide the 8 devices of hardware=gpu_h100_8x8 in each of the 8"
+        " parts of mesh.dcn; use 1, 2, 4 or 8.",
+    ),
+    "mesh axis over hosts": (
+        "hardware=gpu_h100_8x8 mesh.dcn.data=3",
+        "mesh.dcn.data=3: must divide the 8 hosts of hardware=gpu_h100_8x8; use 1, 2, 4 or 8.",
+    ),
+    "mesh over more hosts than there are": (
+        "hardware=gpu_h100_8x8 mesh.dcn.data=4 mesh.dcn.fsdp=4",
+        "mesh.dcn: data 4 x fsdp 4 x tensor 1 is 16, but there are 8 hosts of"
+        " hardware=gpu_h100_8x8; use mesh.dcn.data=1 or 2, or mesh.dcn.fsdp=1 or 2,"
+        " or axes whose product divides 8.",
+    ),
+    "mesh over one of two slices": (
+        f"{TWO_SLICES} mesh.dcn.fsdp=1",
+        "mesh.dcn: data 1 x fsdp 1 x tensor 1 is 1, but there are 2 slices of"
+        " hardware=tpu_v4_32; use mesh.dcn.data=2, or mesh.dcn.fsdp=2, or mesh.dcn.tensor=2,"
+        " or axes whose product is 2.",
+    ),
+    "mesh axis within a slice": (
+        f"{TWO_SLICES} mesh.ici.tensor=16",
+        "mesh.ici.tensor=16: must divide the 8 devices of hardware=tpu_v4_32 in each of the 2"
+        " parts of mesh.dcn; use 1, 2, 4 or 8.",
+    ),
+    "mesh over slices fills twice": (
+        f"{TWO_SLICES} mesh.dcn.data=-1",
+        "mesh.dcn.fsdp=-1: only one axis may fill, mesh.dcn.data does.",
+    ),
+    "mesh over no hosts": (
+        "mesh.dcn.tensor=-2",
+        "mesh.dcn.tensor=-2: must be at least 1, or -1 to fill.",
+    ),
+    "batch over slices": (
+        f"{TWO_SLICES} mesh=hsdp train.global_batch_size=24",
+        "train.global_batch_size=24: must be a multiple of mesh data x fsdp = 16; use 16 or 32.",
     ),
     "mesh fills twice": (
         "hardware=gpu_h100_8 mesh.ici.fsdp=-1",
@@ -486,6 +527,13 @@ SOUND = [
     "run.output_dir=s3://bucket/runs run.resume_from=gs://bucket/runs/a@best",
     "hardware=gpu_h100_8 mesh.ici.tensor=2 train.per_device_batch_size=0.5",
     "hardware=gpu_h100_8 mesh.ici.data=2 mesh.ici.fsdp=2 mesh.ici.tensor=2",
+    *(
+        f"{hardware} mesh={mesh}"
+        for hardware in (TWO_SLICES, "hardware=gpu_h100_8x8", "hardware=tpu")
+        for mesh in ("dp", "fsdp", "fsdp_tensor", "hsdp")
+    ),
+    "hardware=gpu_h100_8x8 mesh=hsdp mesh.dcn.data=2 mesh.dcn.fsdp=4",
+    "hardware=gpu_h100_8x8 mesh.dcn.data=4",
     "hardware=gpu mesh=fsdp",
     "hardware=gpu train.global_batch_size=32",
     "lr_schedule=cosine",

@@ -103,7 +103,7 @@ def test_translated_values_are_values_of_the_key(row: Row) -> None:
             "mesh_axes",
             "[data]",
             "a name of MaxDiffusion, not supported:"
-            " the axes are data, fsdp and tensor; set mesh.ici.*",
+            " the axes are data, fsdp and tensor; set mesh.ici.*, mesh.dcn.*",
             "leave it out",
         ),
     ],
