@@ -34,6 +34,7 @@ from sdx.experiment.publishing import PublishError
 from sdx.experiment.setup import REFUSALS, Setup, bold_rate, departure, lost_precision, prepare
 from sdx.experiment.validating import Validator, continue_history
 from sdx.models.attention_choice import describe as describe_attention
+from sdx.parallel.distributed import start_processes
 from sdx.parallel.memory import keep_freed_memory
 from sdx.parallel.stopping import EXIT_INTERRUPTED, StopFlag
 from sdx.pipeline import Params, Pipeline, make_pipeline
@@ -111,6 +112,7 @@ def run(config: Config, overrides: Sequence[str]) -> int:
     with StopFlag(on_exit) as stop:
         try:
             with stop.compiling():  # scanning a folder of images can take minutes
+                start_processes(config.distributed, config.hardware)
                 setup = prepare(config)
                 try:
                     record = _take_folder(setup, overrides)

@@ -31,6 +31,7 @@ from sdx.experiment.publishing import check_can_publish
 from sdx.experiment.unet_checkpoint import RunUNet, open_unet_checkpoint
 from sdx.experiment.validating import open_validation
 from sdx.parallel.mesh import MeshError, claim_devices, make_mesh
+from sdx.parallel.place import ProcessesError
 from sdx.record.files import DamagedRecord, read_json
 from sdx.record.lock import RefusedStart
 from sdx.record.paths import RunPaths
@@ -47,8 +48,8 @@ from sdx.weights.model_files import ModelFiles, NetworkFiles, open_model
 from sdx.weights.scheduler import schedule_differences
 
 REFUSALS = (
-    MeshError, DataError, WeightsError, ExportError, BatchError, SinkError, RefusedStart,
-    DamagedRecord, StoreError,
+    ProcessesError, MeshError, DataError, WeightsError, ExportError, BatchError, SinkError,
+    RefusedStart, DamagedRecord, StoreError,
 )  # fmt: skip
 
 FROZEN = ("vae", "text_encoder")  # what is read of a model whose UNet comes from elsewhere

@@ -42,6 +42,7 @@ from sdx.experiment.compilation_cache import heal_compilation_cache, use_compila
 from sdx.experiment.encoding.encoder import image_encoder, local_mesh, token_encoder
 from sdx.experiment.encoding.writing import Interrupted, write_context, write_moments
 from sdx.experiment.setup import REFUSALS, check_weights, open_tokenizer, open_weights
+from sdx.parallel.distributed import start_processes
 from sdx.parallel.mesh import claim_devices, make_mesh
 from sdx.parallel.stopping import EXIT_INTERRUPTED, StopFlag
 from sdx.record.files import DamagedRecord, now, write_json
@@ -99,6 +100,7 @@ def encode(config: Config, overrides: Sequence[str]) -> int:
     with StopFlag(lambda: print("interrupted; the same command goes on from here")) as stop:
         try:
             with stop.compiling():  # scanning a folder of images can take minutes
+                start_processes(config.distributed, config.hardware)
                 job = prepare(config)
             with _locked(job.folder / job.key.name):
                 return _attempt(job, overrides, stop)
