@@ -18,11 +18,12 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
+from sdx.parallel.agreement import from_first, gather, is_first, process_count, process_index
 from sdx.record.store import AnyPath
+from sdx.training.replicas import num_replicas, on_first_replica, readers, send_to_all
 from sdx.training.step_folder import (
     MANIFEST,
     ArrayKind,
@@ -40,10 +41,11 @@ State = TypeVar("State")  # a pytree of arrays with a leaf called `step`
 Found = TypeVar("Found")
 Say = Callable[[str], None]
 Pick = Callable[[Sequence[int]], Sequence[int]]
+Decide = Callable[..., Any]
+"""`from_first`, where all processes read, or `_alone`."""
 
 _ARRAYS = "state"
 _MAX_NAMED = 8  # arrays in one message
-_MAX_TEXT_BYTES = 4096  # of one message between hosts
 
 
 class NoValidCheckpoint(RuntimeError):
@@ -57,13 +59,21 @@ class CheckpointMismatch(ValueError):
 class Checkpointer:
     """Saves and restores the state of one run in `folder` (`RUN/checkpoints`).
 
-    One process owns the folder, or one set of JAX processes that all make the same calls; `say`
-    gets one line for people when something is wrong with it. The newest `keep` steps stay, and
-    those that `best` picks of all that are there; it is called in another thread.
+    One process owns the folder, or one set of JAX processes that all make the same calls: each
+    writes the arrays it has, the first one proves, publishes and removes. `say` gets one line for
+    people when something is wrong with it. The newest `keep` steps stay, and those that `best`
+    picks of all that are there; it is called in another thread of the first process. With
+    `reads_once`, restoring reads one copy of the model and sends it to the others (`replicas`).
     """
 
     def __init__(
-        self, folder: AnyPath, *, keep: int, say: Say, best: Pick = lambda steps: []
+        self,
+        folder: AnyPath,
+        *,
+        keep: int,
+        say: Say,
+        best: Pick = lambda steps: [],
+        reads_once: Mesh | None = None,
     ) -> None:
         assert keep >= 2, "checkpoint.keep: the only good step must never be the one to replace"
         self.folder = folder.absolute()
@@ -71,7 +81,8 @@ class Checkpointer:
         self._keep = keep
         self._best = best
         self._say = say
-        self._orbax = ocp.StandardCheckpointer()
+        self._reads_once = reads_once
+        self._orbax = ocp.StandardCheckpointer(multiprocessing_options=_among(_everyone()))
         self._proving: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -82,9 +93,9 @@ class Checkpointer:
         there is kept as it is. `state` may be donated as soon as this returns.
         """
         self.wait()
-        if _from_first_host("exists" if self._place.has(step) else ""):
+        if from_first(lambda: self._place.has(step)):
             return
-        draft = Path(_from_first_host(str(self._place.draft(step)) if _is_first_host() else ""))
+        draft = Path(from_first(lambda: str(self._place.draft(step))))
         arrays = _named_leaves(state)
         self._orbax.save(draft / _ARRAYS, _nested(arrays))
         kinds = {name: _kind(leaf) for name, leaf in arrays.items()}
@@ -95,19 +106,23 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Returns when the last save is proven and in place; raises what went wrong with it."""
+        self._join()
+        gather(None)  # no process leaves while the first one still proves
+
+    def close(self) -> None:
+        """Waits for this process's part, then frees Orbax's threads."""
+        try:
+            self._join()
+        finally:
+            self._orbax.close()
+
+    def _join(self) -> None:
         if self._proving is not None:
             self._proving.join()
             self._proving = None
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-
-    def close(self) -> None:
-        """Waits, then frees Orbax's threads."""
-        try:
-            self.wait()
-        finally:
-            self._orbax.close()
 
     def steps(self) -> list[int]:
         """Steps with a manifest of their own number, ascending; their digests are not checked."""
@@ -123,16 +138,15 @@ class Checkpointer:
             NoValidCheckpoint: some step was saved and none is whole.
             CheckpointMismatch: the newest whole one holds other arrays.
         """
-        if _is_first_host():
+        if is_first():
             self._place.clean_up()
         found = _newest_whole(
-            _agreed_step_folders(self.folder),
-            lambda path, step: _restore_verified(path, step, abstract_state),
+            _listed(self.folder, from_first),
+            lambda path, step: _restore_verified(path, step, abstract_state, self._reads_once),
             self._say,
             on_damage=self._set_aside,
         )
-        damaged = "yes" if any(self.folder.glob("*.damaged*")) else ""
-        if found is None and _from_first_host(damaged):
+        if found is None and from_first(lambda: any(self.folder.glob("*.damaged*"))):
             raise NoValidCheckpoint(
                 f"{self.folder}: no valid checkpoint left; the damaged ones are kept there. "
                 "To start from step 0, use another run.name or remove the run folder."
@@ -142,14 +156,15 @@ class Checkpointer:
     def _prove(self, step: int, draft: Path, arrays: dict[str, ArrayKind]) -> None:
         try:
             self._orbax.wait_until_finished()
-            if _is_first_host():
+            if is_first():
                 write_manifest(draft / MANIFEST, step, prove_files(draft), arrays)
                 self._place.publish(step)
                 self._remove_old()
         except BaseException as error:
             self._error = error  # raised by the next save or wait
         finally:
-            self._place.discard(step)  # a full disk needs the space
+            if is_first():  # what another removed, the first one could not publish
+                self._place.discard(step)  # a full disk needs the space
 
     def _remove_old(self) -> None:
         there = self.steps()
@@ -157,41 +172,55 @@ class Checkpointer:
             self._place.remove(step)
 
     def _set_aside(self, step: int) -> None:
-        if _is_first_host():
+        if is_first():
             self._place.set_aside(step)
-        _barrier("sdx-set-aside")
+        gather(None)
 
 
 def restore_step(
     folder: AnyPath, step: int | None, abstract_state: State, *, say: Say
 ) -> tuple[int, State]:
-    """That step, or for None the newest whole one, of a run not ours; changes nothing there.
+    """That step, or for None the newest whole one, of a run not ours, in all processes; changes
+    nothing there.
 
     Raises NoValidCheckpoint when it is missing or damaged, CheckpointMismatch as `restore` does.
     """
     return _read_only(
-        folder, step, lambda path, number: _restore_verified(path, number, abstract_state), say
+        folder,
+        step,
+        lambda path, number: _restore_verified(path, number, abstract_state),
+        say,
+        from_first,
     )
 
 
 def restore_params(
     folder: AnyPath, which: Literal["ema", "params"], *, step: int | None = None, say: Say
 ) -> tuple[int, dict[str, Any]]:
-    """The weights alone as nested dicts of numpy arrays, from `step` or the newest whole one.
+    """The weights alone as nested dicts of numpy arrays, from `step` or the newest whole one; of
+    many processes it asks none but the calling one.
 
     Nothing else of the state is read into memory, though all of it is verified; changes nothing.
     Raises as `restore_step` does, also when the run kept no average.
     """
     return _read_only(
-        folder, step, lambda path, number: _restore_verified_params(path, number, which), say
+        folder,
+        step,
+        lambda path, number: _restore_verified_params(path, number, which),
+        say,
+        _alone,
     )
 
 
 def _read_only(
-    folder: AnyPath, step: int | None, read: Callable[[AnyPath, int], Found], say: Say
+    folder: AnyPath,
+    step: int | None,
+    read: Callable[[AnyPath, int], Found],
+    say: Say,
+    decide: Decide,
 ) -> tuple[int, Found]:
     folder = folder.absolute()
-    wanted = [(n, path) for n, path in _agreed_step_folders(folder) if step is None or n == step]
+    wanted = [(n, path) for n, path in _listed(folder, decide) if step is None or n == step]
     found = _newest_whole(wanted, read, say, on_damage=lambda step: None)
     if found is None:
         what = "valid checkpoint" if step is None else f"valid checkpoint {step}"
@@ -225,11 +254,16 @@ def _newest_whole(
     return None
 
 
-def _restore_verified(path: AnyPath, step: int, abstract_state: State) -> State:
+def _restore_verified(
+    path: AnyPath, step: int, abstract_state: State, reads_once: Mesh | None = None
+) -> State:
     wanted = _named_leaves(abstract_state)
-    with _verified(path, step) as (folder, arrays):
+    with _verified(path, step, from_first) as (folder, arrays):
         _check_same_arrays(path, arrays, wanted)
-        restored = _read_arrays(folder, wanted)
+        if reads_once is None or num_replicas(reads_once) == 1:
+            restored = _read_arrays(folder, wanted, _everyone())
+        else:
+            restored = _read_once(folder, wanted, reads_once)
     if int(restored["step"]) != step:
         raise Damaged(f"its state is of step {int(restored['step'])}")
     structure = jax.tree.structure(abstract_state)
@@ -237,7 +271,7 @@ def _restore_verified(path: AnyPath, step: int, abstract_state: State) -> State:
 
 
 def _restore_verified_params(path: AnyPath, step: int, which: str) -> dict[str, Any]:
-    with _verified(path, step) as (folder, arrays):
+    with _verified(path, step, _alone) as (folder, arrays):
         wanted = {
             name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
             for name, (shape, dtype) in arrays.items()
@@ -247,14 +281,24 @@ def _restore_verified_params(path: AnyPath, step: int, which: str) -> dict[str, 
             raise CheckpointMismatch(
                 f"{path}: holds no {which}; it was saved with train.ema=false."
             )
-        return _nested(_read_arrays(folder, wanted))[which]
+        return _nested(_read_arrays(folder, wanted, {process_index()}))[which]
 
 
-def _read_arrays(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of those names. An error here is no damage: the digests held."""
-    item = _nested(wanted)
+def _read_once(path: Path, wanted: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """The arrays of those names, read by the processes of one copy of the model alone."""
+    read: dict[str, Any] = {}
+    if process_index() in readers(mesh):
+        read = _read_arrays(path, on_first_replica(wanted, mesh), readers(mesh))
+    return send_to_all(read, wanted, mesh)
+
+
+def _read_arrays(path: Path, wanted: Mapping[str, Any], processes: set[int]) -> dict[str, Any]:
+    """The arrays of those names, in all of `processes`. An error here is no damage: the digests
+    held."""
+    item, among = _nested(wanted), _among(processes)
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=among)
+    with ocp.Checkpointer(handler, multiprocessing_options=among) as orbax:
         tree = orbax.restore(
             path / _ARRAYS,
             args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True),
@@ -263,27 +307,15 @@ def _read_arrays(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _verified(path: AnyPath, step: int) -> Iterator[tuple[Path, dict[str, ArrayKind]]]:
-    """A local folder with the step's files, and the arrays they hold; raises Damaged, on every host
-    alike, if a digest fails."""
-    _agree(lambda: read_manifest(path, step))
-    manifest = read_manifest(path, step)
+def _verified(
+    path: AnyPath, step: int, decide: Decide
+) -> Iterator[tuple[Path, dict[str, ArrayKind]]]:
+    """A local folder with the step's files, and the arrays they hold; raises Damaged, in every
+    process alike, if a digest fails."""
+    manifest = decide(lambda: read_manifest(path, step), (Damaged,))
     with fetched(path, manifest["files"]) as folder:
-        _agree(lambda: check_digests(folder, manifest["files"]))
+        decide(lambda: check_digests(folder, manifest["files"]), (Damaged,))
         yield folder, manifest["arrays"]
-
-
-def _agree(check: Callable[[], object]) -> None:
-    """Runs `check` on process 0 and raises its Damaged on all."""
-    complaint = ""
-    if _is_first_host():
-        try:
-            check()
-        except Damaged as damage:
-            complaint = str(damage)
-    complaint = _from_first_host(complaint)
-    if complaint:
-        raise Damaged(complaint)
 
 
 def _check_same_arrays(
@@ -337,27 +369,24 @@ def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _agreed_step_folders(folder: AnyPath) -> list[tuple[int, AnyPath]]:
+def _listed(folder: AnyPath, decide: Decide) -> list[tuple[int, AnyPath]]:
     """As process 0 lists them: on a shared file system another host may not see all of them yet."""
-    names = _from_first_host(" ".join(path.name for _, path in step_folders(folder)))
-    return [(int(name), folder / name) for name in names.split()]
+    names = decide(lambda: [path.name for _, path in step_folders(folder)])
+    return [(int(name), folder / name) for name in names]
 
 
-def _is_first_host() -> bool:
-    return jax.process_index() == 0
+def _alone(compute: Callable[[], Found], raises: tuple[type[Exception], ...] = ()) -> Found:
+    """As `from_first`, of this process alone."""
+    return compute()
 
 
-def _from_first_host(text: str) -> str:
-    """The text that process 0 has, on every host."""
-    if jax.process_count() == 1:
-        return text
-    buffer = np.zeros(_MAX_TEXT_BYTES, np.uint8)
-    encoded = text.encode()[:_MAX_TEXT_BYTES]
-    buffer[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    received = np.asarray(multihost_utils.broadcast_one_to_all(buffer))
-    return received.tobytes().rstrip(b"\0").decode(errors="replace")
+def _everyone() -> set[int]:
+    return set(range(process_count()))
 
 
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def _among(processes: set[int]) -> ocp.options.MultiprocessingOptions:
+    """These read or write together. Named, they meet at barriers of the coordination service;
+    Orbax's default are collectives of the devices, which must not fall between those of a step."""
+    return ocp.options.MultiprocessingOptions(
+        primary_host=min(processes), active_processes=processes
+    )
