@@ -17,8 +17,8 @@ import pytest
 from pytest import approx
 
 from sdx.experiment import gallery as galleries
+from sdx.experiment.attempt import Attempt
 from sdx.experiment.gallery import Gallery
-from sdx.experiment.run import Attempt
 from sdx.pipeline import Pipeline
 from tests.effects.effect import Case, Effect
 

@@ -23,7 +23,8 @@ from pytest import approx
 from sdx.config.schema import Cache, Sink
 from sdx.experiment import exporting, setup
 from sdx.experiment import gallery as galleries
-from sdx.experiment.run import Attempt, run
+from sdx.experiment.attempt import Attempt
+from sdx.experiment.run import run
 from sdx.experiment.setup import prepare, run_paths
 from sdx.record.metrics import read_metrics
 from sdx.record.paths import RunPaths

@@ -9,7 +9,7 @@ from huggingface_hub import constants
 
 from sdx.config.compose import from_saved, to_yaml
 from sdx.config.errors import ConfigError
-from sdx.experiment.run import Attempt
+from sdx.experiment.attempt import Attempt
 from sdx.experiment.setup import prepare
 from sdx.models.module import flat
 from sdx.weights.errors import WeightsError

@@ -20,7 +20,8 @@ from PIL import Image
 from sdx.config.compose import compose
 from sdx.data.source import DataError
 from sdx.data.sources.open import open_source
-from sdx.experiment.run import Attempt, run
+from sdx.experiment.attempt import Attempt
+from sdx.experiment.run import run
 from sdx.experiment.setup import prepare
 from sdx.experiment.validating import continue_history, named_step, open_validation
 from sdx.parallel.mesh import make_mesh
