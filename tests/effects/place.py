@@ -32,6 +32,11 @@ def on_a_device(case: Case) -> dict[str, float]:
     }
 
 
+def layout(case: Case) -> list[list[list[int]]]:
+    """Which device lies where along data, fsdp and tensor."""
+    return [[[one.id for one in tensor] for tensor in fsdp] for fsdp in case.mesh.devices]
+
+
 def devices(case: Case) -> int | list[str]:
     """How many a start takes, or what it says of those that are there."""
     try:
@@ -93,6 +98,7 @@ def moments_held(case: Case) -> float:
 
 EIGHT = ("mesh=dp", "hardware.num_devices=8", "train.global_batch_size=8")
 CHIPS = ("mesh=dp", "hardware.num_devices=4")
+HOSTS = ("hardware.num_devices=4", "hardware.num_hosts=2")
 BY_DEVICE = (*EIGHT, "mesh.ici.tensor=2", "train.global_batch_size=null")
 
 EFFECTS = [
@@ -120,6 +126,30 @@ EFFECTS = [
         {"batch": 1 / 8, "conv": 1, "to_q": 1},
         {"batch": 1 / 4, "conv": 1, "to_q": 1 / 2},
         given=EIGHT,
+    ),
+    Effect(
+        "mesh.dcn.data",
+        "2",
+        layout,
+        [[[0], [1], [2], [3]]],
+        [[[0], [1]], [[2], [3]]],
+        given=(*HOSTS, "mesh=fsdp", "mesh.dcn.fsdp=1"),
+    ),
+    Effect(
+        "mesh.dcn.fsdp",
+        "2",
+        layout,
+        [[[0]], [[1]], [[2]], [[3]]],
+        [[[0], [2]], [[1], [3]]],  # across the hosts
+        given=(*HOSTS, "mesh=dp", "mesh.dcn.data=1"),
+    ),
+    Effect(
+        "mesh.dcn.tensor",
+        "2",
+        layout,
+        [[[0]], [[1]], [[2]], [[3]]],
+        [[[0, 2]], [[1, 3]]],
+        given=(*HOSTS, "mesh=dp", "mesh.dcn.data=1"),
     ),
     Effect("hardware.name", "box", planned(""), "tiny on cpu", "tiny on box"),
     Effect(
