@@ -283,7 +283,8 @@ def _product_value(
 def _product_forward(
     x: Array, kernel: Array, precision: jax.lax.Precision
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _product(x, kernel, precision), (x, kernel)
+    # Not through `_product`: what recomputes all but products must see that this is one.
+    return _product_value(x, kernel, precision), (x, kernel)
 
 
 def _product_backward(
