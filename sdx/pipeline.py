@@ -35,6 +35,7 @@ from sdx.models.attention_choice import select_attention
 from sdx.models.networks import Networks, make_networks
 from sdx.parallel import sharding
 from sdx.parallel.mesh import one_device_mesh
+from sdx.parallel.whole import place_whole, to_host
 from sdx.record.files import read_json
 from sdx.record.paths import RunPaths
 from sdx.record.provenance import weights_commit
@@ -191,7 +192,7 @@ class Pipeline:
             )
             noise = self._place(np.asarray(latents)[rows])
             clean = draw(noise, self._place(keys[rows]), context, negative_context)
-            clean = np.asarray(jax.device_get(clean)) / self.scaling_factor
+            clean = to_host(clean) / self.scaling_factor
             if output == "images":
                 clean = np.clip(np.asarray(self.decode_latents(clean)), -1, 1)
             drawn.append(clean)
@@ -231,7 +232,7 @@ class Pipeline:
         """On the mesh, split over its devices where the number of rows allows."""
         divides = len(x) % sharding.batch_divisor(self.mesh) == 0
         place = sharding.batch_sharding(self.mesh) if divides else sharding.replicated(self.mesh)
-        return jax.device_put(x, place)
+        return place_whole(x, place)
 
 
 def load(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jax
 
+from sdx.parallel.agreement import is_first
+
 
 def use_compilation_cache(folder: str | None) -> None:
     """Keeps compiled programs in `folder`, however small or quickly made; None switches it off."""
@@ -21,11 +23,15 @@ def use_compilation_cache(folder: str | None) -> None:
 
 @contextmanager
 def heal_compilation_cache(folder: str | None) -> Iterator[None]:
-    """Removes entries that JAX found unreadable within, so that the next start replaces them.
+    """Removes entries that JAX found unreadable within, so that the next start replaces them; of
+    many processes the first one does, which alone writes them.
 
     A process killed while it wrote an entry leaves half of it; JAX (0.10 to 0.12) warns, compiles
     and never overwrites a file that is there, so every later start would compile again.
     """
+    if not is_first():
+        yield
+        return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield

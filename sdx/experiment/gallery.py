@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 
 from sdx.config.schema import Config
 from sdx.data.adherence import Adherence, measure_adherence
 from sdx.data.shapes import held_out_prompts
+from sdx.parallel.agreement import from_first, is_first
 from sdx.pipeline import Params, Pipeline
 from sdx.record.metrics import read_metrics
 from sdx.record.paths import RunPaths
@@ -20,6 +20,7 @@ class Gallery:
     """Draws with the run's own pipeline; the pictures of a step are drawn once.
 
     Every process draws, since the weights are shared between them; the first one writes.
+    `should_stop` says the same in all of them.
     """
 
     def __init__(
@@ -43,13 +44,13 @@ class Gallery:
         """
         prompts = self._config.sample.prompts
         path = self._paths.samples / f"{step:07d}.png"
-        if not prompts or path.exists():
+        if not prompts or from_first(path.exists):
             return
         try:
             grid = make_grid(self._sample(params, prompts), prompts)
         except SamplingStopped:
             return
-        if jax.process_index() == 0:
+        if is_first():
             save_png(grid, path)
             for sink in self._sinks:
                 sink.picture(step, "samples", grid)
@@ -61,8 +62,10 @@ class Gallery:
 
     def plot_loss(self, step: int) -> None:
         """`loss.png` and the sinks: the curve of every row of metrics.jsonl."""
+        if not is_first():
+            return
         rows = [row for row in read_metrics(self._paths.metrics) if "loss" in row]
-        if jax.process_index() != 0 or not rows:
+        if not rows:
             return
         steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
         curve = plot_loss(steps, losses, title=f"{self._paths.root.name}: training loss")

@@ -59,6 +59,11 @@ class RunRecord:
         self._ended = False
         self._ending = threading.Lock()
 
+    @property
+    def lost(self) -> bool:
+        """Whether the folder is another process's by now."""
+        return self.lock.lost
+
     def update(self, **fields: Any) -> None:
         """Sets top-level fields of run.json."""
         write_json(self.paths.run, {**(read_json(self.paths.run) or {}), **fields})
@@ -90,6 +95,35 @@ class RunRecord:
     def _note(self, **fields: Any) -> None:
         path = _attempt_path(self.paths, self.attempt)
         write_json(path, {**(read_json(path) or {}), **fields})
+
+
+class FollowedRecord:
+    """The start as it is for the other JAX processes of a run: the first one has the RunRecord and
+    writes, these make the same calls and write nothing."""
+
+    lost = False
+
+    def __init__(self, paths: RunPaths, attempt: int, step: int):
+        self.paths = paths
+        self.attempt = attempt
+        self.step = step
+
+    def update(self, **fields: Any) -> None:
+        """As RunRecord's."""
+
+    def begin(self, first_step: int, cut_rows: Sequence[Mapping[str, Any]] = ()) -> None:
+        """As RunRecord's."""
+        self.step = first_step
+
+    def progress(self, step: int) -> None:
+        """As RunRecord's."""
+        self.step = step
+
+    def finish(self, status: Status, *, step: int | None = None, reason: str | None = None) -> None:
+        """As RunRecord's."""
+
+
+AnyRecord = RunRecord | FollowedRecord
 
 
 def admit(paths: RunPaths, *, resume: str, max_steps: int) -> Admission:

@@ -54,7 +54,11 @@ class ValidationHistory:
 
 def read_history(run: AnyPath) -> ValidationHistory:
     """What the run.json at `run` says of it; empty where nothing was ever measured."""
-    fields = (read_json(run) or {}).get("validation")
+    return history_of((read_json(run) or {}).get("validation"))
+
+
+def history_of(fields: dict[str, Any] | None) -> ValidationHistory:
+    """As `ValidationHistory.fields` wrote it; empty for None."""
     if fields is None:
         return ValidationHistory()
     known = sorted((int(step), loss) for step, loss in fields["losses"].items())

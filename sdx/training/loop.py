@@ -14,11 +14,10 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from jax.experimental import multihost_utils
-
 from sdx.config.schema import CheckpointConfig
 from sdx.data.ahead import Ahead
 from sdx.data.loader import HostBatch
+from sdx.parallel.agreement import from_first
 from sdx.training.metrics import Reporter, TooManyBadSteps
 from sdx.training.program import Batch, Metrics, Program
 from sdx.training.state import Params, TrainState, sampling_params
@@ -150,7 +149,7 @@ def _placed(program: Program, batches: Iterator[HostBatch], step: int) -> Ahead[
 
 
 class _Saving:
-    """When to save: every N steps, and every so many minutes on all hosts alike."""
+    """When to save: every N steps, and every so many minutes by the first process's clock."""
 
     def __init__(self, cadence: Cadence, checkpointer: Saver, step: int):
         self._cadence = cadence
@@ -164,8 +163,8 @@ class _Saving:
             return True
         if config.every_minutes is None:
             return False
-        is_late = time.monotonic() - self._saved_at >= 60 * config.every_minutes
-        return bool(multihost_utils.broadcast_one_to_all(is_late))
+        limit_s = 60 * config.every_minutes
+        return from_first(lambda: time.monotonic() - self._saved_at >= limit_s)
 
     def save(self, step: int, state: TrainState) -> None:
         self._checkpointer.save(step, state)

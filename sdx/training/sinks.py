@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import numpy as np
 from jaxtyping import UInt8
 
 from sdx.config.leaves import spelled
 from sdx.config.schema import Sink, WandbConfig
+from sdx.parallel.agreement import is_first
 from sdx.record.files import read_json
 from sdx.record.parts import text_parts
 from sdx.record.paths import RunPaths
@@ -108,7 +108,7 @@ SINKS: dict[Sink, Callable[[Told], MetricSink]] = {
 
 def make_sinks(kinds: Sequence[Sink], told: Told) -> list[MetricSink]:
     """The sinks of `metrics.sinks`; none on processes other than the first."""
-    if jax.process_index() != 0:
+    if not is_first():
         return []
     return [SINKS[kind](told) for kind in dict.fromkeys(kinds)]
 
@@ -118,7 +118,7 @@ def check_sinks(kinds: Sequence[Sink], *, keeps_files: bool) -> None:
 
     `keeps_files` says that the run folder is a folder of this machine.
     """
-    if Sink.wandb not in kinds or jax.process_index() != 0:
+    if Sink.wandb not in kinds or not is_first():
         return
     where = f"metrics.sinks={spelled(list(kinds))}"
     try:
