@@ -10,7 +10,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
-from sdx.config import check_attention, check_cache, check_data, check_mesh, resolve
+from sdx.config import (
+    check_attention,
+    check_cache,
+    check_data,
+    check_hardware,
+    check_mesh,
+    resolve,
+)
 from sdx.config.errors import Problem, any_of
 from sdx.config.leaves import Leaf, leaves, spelled, value
 from sdx.config.samplers import divides_by_zero, most_steps, refusal
@@ -138,6 +145,7 @@ _NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     **check_cache.NEEDS,
     "sample.num_adherence_prompts": (check_data.is_shapes, "data=shapes"),
     **check_attention.NEEDS,
+    **check_hardware.NEEDS,
     "metrics.wandb.project": (_tells_wandb, "metrics.sinks=[wandb]"),
     "metrics.wandb.entity": (_tells_wandb, "metrics.sinks=[wandb]"),
     "optimizer.b1": (_has_moment_decays, "optimizer=adamw or lion"),
@@ -496,13 +504,6 @@ def _neighbours(got: int, unit: int) -> str:
     return f"use {any_of(size for size in (lower, upper) if size)}"
 
 
-def _hardware(config: Config) -> Iterator[Problem]:
-    devices, hosts = config.hardware.num_devices, config.hardware.num_hosts
-    if devices is not None and hosts > 0 and devices % hosts:
-        rule = f"must be a multiple of hardware.num_hosts={hosts}"
-        yield Problem("hardware.num_devices", str(devices), rule)
-
-
 def _names(config: Config) -> Iterator[Problem]:
     name = config.run.name
     if name is not None and (name in {"", ".", ".."} or os.path.basename(name) != name):
@@ -542,7 +543,7 @@ _RULES: list[Callable[[Config], Iterator[Problem]]] = [
     _resolution,
     _weights,
     _architecture,
-    _hardware,
+    check_hardware.hardware_problems,
     check_mesh.mesh_problems,
     _batch,
     _names,

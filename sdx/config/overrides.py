@@ -91,7 +91,8 @@ def parse(text: str) -> Override | Problem:
     except HydraException as error:
         key, _, got = text.partition("=")
         reason = str(error).splitlines()[0]
-        fix = "quote values with special characters: " + f"'{key}=\"…\"'"
+        quoted = '["…"]' if got.startswith("[") else '"…"'
+        fix = f"quote values with special characters: '{key}={quoted}'"
         return Problem(key, got, f"not readable ({reason})", fix)
 
 

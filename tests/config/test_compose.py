@@ -31,6 +31,11 @@ NEEDS = {
     ("attention", "splash"): ["hardware=tpu_v4_8"],
     ("mesh", "dp"): ["hardware=gpu_h100_8"],
     ("mesh", "fsdp"): ["hardware=gpu_h100_8"],
+    ("mesh", "fsdp_tensor"): ["hardware=gpu_h100_8"],
+    ("xla", "gpu"): ["hardware=gpu_h100_8"],
+    ("xla", "gpu_deterministic"): ["hardware=gpu_h100_8"],
+    ("xla", "tpu_multislice"): ["hardware=tpu_v4_32x2"],
+    ("xla", "tpu_v5p"): ["hardware=tpu_v5p_8"],
 }
 
 

@@ -29,7 +29,7 @@ MISTAKES = {
     ),
     "option far from any": (
         "mesh=hypercube",
-        "mesh=hypercube: no such option; use dp, fsdp or single.",
+        "mesh=hypercube: no such option; use dp, fsdp, fsdp_tensor, hsdp or single.",
     ),
     "wrong type": ("optimizer.lr=abc", "optimizer.lr=abc: must be a number."),
     "text for a list": (
@@ -104,6 +104,11 @@ MISTAKES = {
         "run.name=a=b",
         "run.name=a=b: not readable (mismatched input '=' expecting <EOF>); quote values with"
         " special characters: 'run.name=\"…\"'.",
+    ),
+    "list of what is not readable": (
+        "xla.flags=[--a=b]",
+        "xla.flags=[--a=b]: not readable (no viable alternative at input '[--a='); quote values"
+        " with special characters: 'xla.flags=[\"…\"]'.",
     ),
 }
 
