@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from sdx.config.cli import run
 from sdx.config.schema import Cache, Config
+from sdx.parallel.xla_flags import set_flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +23,7 @@ def with_cache(config: Config) -> Config:
 
 def encode(config: Config, overrides: list[str]) -> int:
     """Makes the cache; JAX is imported here, after every check that needs none."""
+    set_flags(config.xla, config.hardware, config.run.compilation_cache_dir)
     from sdx.experiment.encoding import encoding
 
     return encoding.encode(config, overrides)

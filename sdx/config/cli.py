@@ -40,7 +40,8 @@ class _Job:
 
 def run(command: str, argv: Sequence[str], body: Body, *, adjust: Adjust | None = None) -> int:
     """Compose and check what `argv` asks for, then run `body(config, overrides)`; returns the exit
-    code. `adjust` is what the command makes of a composed configuration before it is checked.
+    code. `adjust` is what the command makes of a composed configuration before it is checked. A
+    `body` that raises ConfigError has started nothing.
     """
     from sdx.config.command_keys import take
 
@@ -61,10 +62,10 @@ def run(command: str, argv: Sequence[str], body: Body, *, adjust: Adjust | None 
             body = partial(_with_own, body, own)
         if arguments.multirun:
             return _sweep(command, arguments, jobs, body, own is not None and own.writes_data)
+        return body(jobs[0].config, jobs[0].overrides)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return _REFUSED
-    return body(jobs[0].config, jobs[0].overrides)
 
 
 def _with_own(body: Body, own: Any, config: Config, overrides: list[str]) -> int:
@@ -182,6 +183,9 @@ def _sweep(
         print(said, flush=True, file=sys.stderr if writes_data else sys.stdout)
         try:
             codes.append(body(job.config, job.overrides))
+        except ConfigError as error:
+            print(error, file=sys.stderr)
+            codes.append(_REFUSED)
         except Exception:
             traceback.print_exc()
             codes.append(_FAILED)

@@ -1,6 +1,8 @@
 """Taking the run folder: what a start finds there, what changed since, the parent of a fork."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from sdx.config.compose import from_saved, to_yaml
 from sdx.config.errors import ConfigError
@@ -8,20 +10,52 @@ from sdx.config.identity import differences
 from sdx.config.leaves import flatten, spelled, value
 from sdx.config.schema import Config, OnResume
 from sdx.experiment.setup import Setup
-from sdx.record.files import read_json
+from sdx.parallel.agreement import from_first
+from sdx.parallel.xla_flags import flags_in_force
+from sdx.record.files import DamagedRecord, read_json
 from sdx.record.lock import RefusedStart
 from sdx.record.paths import RunPaths
-from sdx.record.run import Change, RunRecord, start
+from sdx.record.run import AlreadyFinished, AnyRecord, Change, FollowedRecord, RunRecord, start
+from sdx.record.store import StoreError
 from sdx.record.validation import BEST, best_checkpoint, parse_run
 
 # Which arrays a state holds, and in which type.
 _STATE_PARTS = ("train.text_encoder", "train.ema", "model.weights_dtype", "optimizer.kind")
 
 
-def take_folder(setup: Setup, overrides: Sequence[str]) -> RunRecord:
-    """The record of this start; raises what `record.run.start` does."""
+@dataclass(frozen=True)
+class Taken:
+    """A run folder that is this start's to write."""
+
+    record: AnyRecord
+    fork: tuple[RunPaths, int | None] | None
+    """The run that this one goes on from where it has no checkpoint of its own, and its step, None
+    for the newest."""
+
+
+def take_folder(setup: Setup, overrides: Sequence[str]) -> Taken:
+    """Takes the folder, in the first process for all; raises what `record.run.start` does, in all
+    processes alike."""
+    records: list[RunRecord] = []
+
+    def take() -> dict[str, Any]:
+        try:
+            fork = _fork_of(setup)
+            records.append(_take(setup, overrides))
+        except ConfigError as error:
+            raise RefusedStart(str(error)) from error
+        return {"attempt": records[0].attempt, "step": records[0].step, "fork": fork and fork[1]}
+
+    told = from_first(take, (AlreadyFinished, RefusedStart, DamagedRecord, StoreError))
+    paths, text = setup.paths, setup.config.run.resume_from
+    return Taken(
+        records[0] if records else FollowedRecord(paths, told["attempt"], told["step"]),
+        None if text is None else (parse_run(text)[0], told["fork"]),
+    )
+
+
+def _take(setup: Setup, overrides: Sequence[str]) -> RunRecord:
     config, paths = setup.config, setup.paths
-    _check_parent(setup)
     changes = _changes(setup)
     record = start(
         paths,
@@ -41,15 +75,17 @@ def take_folder(setup: Setup, overrides: Sequence[str]) -> RunRecord:
         data_fingerprint=setup.source.fingerprint,
         data=getattr(setup.source, "provenance", {}),
         weights=setup.weights.provenance(),
+        compiler_flags=flags_in_force(),
     )
     return record
 
 
-def _check_parent(setup: Setup) -> None:
-    """Raises RefusedStart where a run that is about to fork has nothing to fork from."""
+def _fork_of(setup: Setup) -> tuple[RunPaths, int | None] | None:
+    """What a run without a checkpoint goes on from, None without `run.resume_from`; RefusedStart
+    where there is nothing to fork from."""
     text = setup.config.run.resume_from
-    if text is None or setup.paths.checkpoints.is_dir():
-        return
+    if text is None or any(p.name.isdigit() for p in setup.paths.checkpoints.glob("*")):
+        return None
     parent, step = parse_run(text)
     if step == BEST:
         step = best_checkpoint(parent)
@@ -63,6 +99,7 @@ def _check_parent(setup: Setup) -> None:
         found = f"it has the steps {', '.join(map(str, there))}" if there else "no checkpoint there"
         raise RefusedStart(f"run.resume_from={text}: {found}; use RUN, RUN@STEP or RUN@best.")
     _check_same_parts(setup.config, text, parent)
+    return parent, step
 
 
 def _check_same_parts(config: Config, text: str, parent: RunPaths) -> None:
