@@ -88,15 +88,17 @@ class Attempt:
         except SamplingStopped:
             return self._interrupted(self.record.step)
 
-    def fail(self, reason: str) -> int:
+    def fail(self, reason: str, trace: str = "") -> None:
         """Notes that the run failed and why; what it saved stays."""
         try:
+            if trace:
+                self.log.write(trace)
+                print(trace, file=sys.stderr)
             self.say(f"failed: {reason}")
             self._close_sinks(FAILED)
             self.record.finish(Status.failed, reason=reason)
         except StoreError as error:  # perhaps the very reason
             print(f"sdx: not on record ({error})", file=sys.stderr)
-        return FAILED
 
     def say(self, text: str) -> None:
         """One line for the user and the log."""
@@ -364,7 +366,7 @@ class Attempt:
                 f"{self.setup.paths.root}: another process took the folder while this one gave "
                 "no sign of life; it goes on there, nothing more is written here."
             )
-        return self.stop.requested
+        return self.stop.agreed()
 
     def _interrupted(self, step: int) -> int:
         what = f"interrupted by {self.stop.signal_name} after step {step}"

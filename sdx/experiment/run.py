@@ -13,11 +13,20 @@ from sdx.config.schema import Config
 from sdx.data.source import DataError
 from sdx.experiment.attempt import FAILED, FINISHED, Attempt, ExportFailed, FolderLost
 from sdx.experiment.exporting import EXPORT_FAULTS, complete_export, is_export_due
+from sdx.experiment.hosts import (
+    check_same_facts,
+    check_same_folder,
+    facts_of,
+    only_first_speaks,
+)
 from sdx.experiment.publishing import PublishError
-from sdx.experiment.setup import REFUSALS, Setup, prepare
+from sdx.experiment.setup import REFUSALS, Setup, prepare, run_paths
 from sdx.experiment.taking import take_folder
+from sdx.parallel.agreement import from_first
 from sdx.parallel.distributed import start_processes
-from sdx.parallel.stopping import StopFlag
+from sdx.parallel.failures import Companions, Failure
+from sdx.parallel.place import ProcessesError
+from sdx.parallel.stopping import EXIT_INTERRUPTED, StopFlag
 from sdx.record.lock import RunLock
 from sdx.record.run import AlreadyFinished
 from sdx.record.status import read_status
@@ -45,32 +54,56 @@ def run(config: Config, overrides: Sequence[str]) -> int:
         else:
             print("interrupted before the run was touched")
 
+    def on_failure(failure: Failure) -> None:
+        """Said and written when this process, or another of the run, cannot go on."""
+        if failure.exit_code == EXIT_INTERRUPTED:
+            on_exit()
+        elif attempts:
+            attempts[0].fail(failure.said, failure.trace)
+        else:
+            print(failure.said, file=sys.stderr)
+
     with StopFlag(on_exit) as stop:
         try:
-            with stop.compiling():  # scanning a folder of images can take minutes
-                start_processes(config.distributed, config.hardware)
-                setup = prepare(config)
-                try:
-                    record = take_folder(setup, overrides)
-                except AlreadyFinished as finished:
-                    print(finished)
-                    return _complete_export(setup)
-                attempts.append(Attempt(setup, record, stop))
-        except (ConfigError, *REFUSALS) as error:
-            print(error if isinstance(error, ConfigError) else f"sdx: {error}", file=sys.stderr)
+            with stop.compiling():  # others may take minutes to come
+                companions = start_processes(config.distributed, config.hardware, on_failure)
+                stop.join(companions)
+        except ProcessesError as error:
+            print(f"sdx: {error}", file=sys.stderr)
             return REFUSED
-        return _attempted(attempts[0])
+        with companions, only_first_speaks():
+            return _started(config, overrides, stop, companions, attempts)
 
 
-def _attempted(attempt: Attempt) -> int:
+def _started(
+    config: Config,
+    overrides: Sequence[str],
+    stop: StopFlag,
+    companions: Companions,
+    attempts: list[Attempt],
+) -> int:
+    """All but how processes begin and end; the attempt goes into `attempts` when there is one."""
     try:
-        return attempt.run()
+        with stop.compiling():  # scanning a folder of images can take minutes
+            check_same_folder(run_paths(config).root.parent, "run.output_dir")
+            setup = prepare(config)
+            check_same_facts(facts_of(setup))
+            try:
+                taken = take_folder(setup, overrides)
+            except AlreadyFinished as finished:
+                print(finished)
+                return from_first(lambda: _complete_export(setup))
+            attempts.append(Attempt(setup, taken, stop))
+    except (ConfigError, *REFUSALS) as error:
+        reason = str(error) if isinstance(error, ConfigError) else f"sdx: {error}"
+        return companions.fail(REFUSED, reason)
+    try:
+        return attempts[0].run()
     except _FAULTS as error:
-        return attempt.fail(str(error))
+        return companions.fail(FAILED, str(error))
     except Exception as error:
-        attempt.log.write(traceback.format_exc())
-        traceback.print_exc()
-        return attempt.fail(f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        return companions.fail(FAILED, reason, trace=traceback.format_exc())
 
 
 def _complete_export(setup: Setup) -> int:

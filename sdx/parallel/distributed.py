@@ -6,20 +6,24 @@ Which process this is says place.py; how they stop and fail together, stopping.p
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jax
 from jax._src import cloud_tpu_init, clusters  # what knows a TPU's metadata; it has no public name
 
 from sdx.config.schema import DistributedConfig, HardwareConfig
+from sdx.parallel.failures import EXIT_FAILED, Companions, Failure
 from sdx.parallel.place import Place, ProcessesError, find_place
 
-EXIT_FAILED = 1
 
-
-def start_processes(distributed: DistributedConfig, hardware: HardwareConfig) -> Place | None:
-    """Joins the other processes of the run; None where this one is alone.
+def start_processes(
+    distributed: DistributedConfig,
+    hardware: HardwareConfig,
+    on_failure: Callable[[Failure], None],
+) -> Companions:
+    """Joins the other processes of the run, which end with each other while what is returned is
+    entered; `on_failure` shows and records why.
 
     Call it before anything else of JAX. Raises ProcessesError where `hardware` needs other
     processes than there are. Where they do not come in time the process ends, with exit code 1.
@@ -31,7 +35,7 @@ def start_processes(distributed: DistributedConfig, hardware: HardwareConfig) ->
         tpu_place=lambda: _tpu_place(distributed.initialization_timeout_s),
     )
     if place is None:
-        return None
+        return Companions(on_failure=on_failure)
     with _limited(distributed.initialization_timeout_s, place):
         jax.distributed.initialize(
             place.coordinator_address,
@@ -40,10 +44,16 @@ def start_processes(distributed: DistributedConfig, hardware: HardwareConfig) ->
             local_device_ids=place.local_device_ids,
             cluster_detection_method="deactivate",
             initialization_timeout=10 * distributed.initialization_timeout_s,  # ours comes first
-            heartbeat_timeout_seconds=distributed.heartbeat_timeout_s,
+            # Ours ends the run with a reason; JAX's, should that fail, with a C++ stack.
+            heartbeat_timeout_seconds=2 * distributed.heartbeat_timeout_s + 5,
             shutdown_timeout_seconds=distributed.shutdown_timeout_s,
         )
-    return place
+    return Companions(
+        place.process_id,
+        place.num_processes,
+        heartbeat_timeout_s=distributed.heartbeat_timeout_s - 1,  # all are to be gone by then
+        on_failure=on_failure,
+    )
 
 
 def _tpu_place(timeout_s: int) -> Place | None:

@@ -1,9 +1,12 @@
-"""Asking a single process to stop: SIGTERM, SIGINT and SIGUSR2 set a flag the loop looks at.
+"""Asking a run to stop: SIGTERM, SIGINT and SIGUSR2 set a flag the loop looks at.
 
 Python runs signal handlers only between bytecodes of the main thread, so none runs while that
 thread is inside an XLA compilation. The kernel-level half of CPython's handler runs at any time and
 writes the signal's number to a wake-up pipe; a watcher thread reads it and can end the process.
-Several processes stop together through JAX's preemption service instead: do not use this there.
+
+Many processes stop after the same step: from `join` on, SIGTERM belongs to the handler that
+`jax.distributed.initialize` has put in place of ours, the other signals are sent on to it, and
+JAX's preemption service agrees with all processes on the moment.
 """
 
 import os
@@ -15,12 +18,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
+from jax._src import distributed  # where the notice of a signal is read; it has no public name
+from jax.experimental import multihost_utils
+
+from sdx.parallel.failures import Companions, within
+
 EXIT_INTERRUPTED = 75  # sysexits.h EX_TEMPFAIL: try again
 _Handler = Callable[[int, FrameType | None], object] | int | None
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _ON_EXIT_TIMEOUT_S = (
     5.0  # the callback writes a few small files; a hanging file system must not keep us
 )
+_NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # xla/pjrt/distributed/preemption/preemption_sync_manager.cc
 
 
 class StopFlag:
@@ -28,7 +37,7 @@ class StopFlag:
 
     `on_exit` is called from the watcher thread just before it ends the process with exit code 75:
     on a signal within `compiling()`, and on a second Ctrl-C anywhere. It should write the record
-    and say how to go on.
+    and say how to go on. Of many processes `Companions` calls its `on_failure` instead.
     """
 
     def __init__(self, on_exit: Callable[[], None]) -> None:
@@ -38,15 +47,43 @@ class StopFlag:
         self._nothing_to_save = False
         self._deciding = threading.Lock()
         self._old_handlers: dict[signal.Signals, _Handler] = {}
+        self._companions: Companions | None = None
+        self._in_step = True
+        self._is_noticed = False
+        self._times_asked = 0
+        self._is_agreed = False
 
     @property
     def requested(self) -> bool:
-        return self._received is not None
+        """Whether to stop; of many processes in step, whether they agreed to."""
+        if self._companions is None:
+            return self._received is not None
+        return self._is_agreed if self._in_step else self._is_noticed
 
     @property
     def signal_name(self) -> str | None:
-        """The first signal that asked to stop, as SIGTERM."""
-        return None if self._received is None else self._received.name
+        """The first signal that asked to stop, as SIGTERM; another process's is called that too."""
+        if self._received is not None:
+            return self._received.name
+        return signal.SIGTERM.name if self.requested else None
+
+    def join(self, companions: Companions, *, in_step: bool = True) -> None:
+        """From here on this process stops with others; called once they have found each other.
+
+        Those that work in step must stop in step: `requested` is true where `agreed` was. Others
+        stop where each of them is.
+        """
+        if companions.are_many:
+            self._companions, self._in_step = companions, in_step
+            companions.look_out(self._look)
+
+    def agreed(self) -> bool:
+        """Whether to stop here. Many processes ask at the same places of their work, equally often,
+        and hear the same."""
+        if self._companions is not None and not self._is_agreed:
+            self._times_asked += 1
+            self._is_agreed = multihost_utils.reached_preemption_sync_point(self._times_asked)
+        return self.requested
 
     @contextmanager
     def compiling(self) -> Iterator[None]:
@@ -106,13 +143,22 @@ class StopFlag:
             with self._deciding:
                 self._received = self._received or signal.Signals(number)
                 self._interrupts += number == signal.SIGINT
-                if self._nothing_to_save or self._interrupts > 1:
+                if self._interrupts > 1 or (self._nothing_to_save and self._companions is None):
                     self._end()
+            if self._companions is not None:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def _look(self) -> None:
+        """Ends all processes where one was asked to stop and this one has nothing to save."""
+        self._is_noticed = self._is_noticed or _is_noticed()
+        if self._nothing_to_save and self._is_noticed:
+            self._end()
 
     def _end(self) -> None:
-        worker = threading.Thread(target=self._say_goodbye, daemon=True)
-        worker.start()
-        worker.join(_ON_EXIT_TIMEOUT_S)
+        if self._companions is not None:
+            self._companions.fail(EXIT_INTERRUPTED, "interrupted")
+            return
+        within(_ON_EXIT_TIMEOUT_S, self._say_goodbye)
         os._exit(EXIT_INTERRUPTED)
 
     def _say_goodbye(self) -> None:
@@ -120,5 +166,14 @@ class StopFlag:
             self._on_exit()
         except Exception:
             traceback.print_exc()
-        sys.stdout.flush()  # here, not after the join: a blocked terminal would hang it
+        sys.stdout.flush()  # here, not after the wait: a blocked terminal would hang it
         sys.stderr.flush()
+
+
+def _is_noticed() -> bool:
+    """Whether JAX has told all processes of a SIGTERM that one of them got."""
+    client = distributed.global_state.client
+    try:
+        return client is not None and bool(client.key_value_try_get(_NOTICE))
+    except Exception:  # not found
+        return False

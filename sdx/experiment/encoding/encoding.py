@@ -43,7 +43,9 @@ from sdx.experiment.encoding.encoder import image_encoder, local_mesh, token_enc
 from sdx.experiment.encoding.writing import Interrupted, write_context, write_moments
 from sdx.experiment.setup import REFUSALS, check_weights, open_tokenizer, open_weights
 from sdx.parallel.distributed import start_processes
+from sdx.parallel.failures import Companions, Failure
 from sdx.parallel.mesh import claim_devices, make_mesh
+from sdx.parallel.place import ProcessesError
 from sdx.parallel.stopping import EXIT_INTERRUPTED, StopFlag
 from sdx.record.files import DamagedRecord, now, write_json
 from sdx.record.lock import RunLock, RunLocked
@@ -58,6 +60,10 @@ _PIXELS_AT_ONCE = 2**21  # on a device: 8 images of 512 pixels, whose activation
 _MAX_AT_ONCE = 64  # images or captions on a device
 _FIRST_RATE_S = 2.0  # the rate of less time is none
 _LOOK_EVERY_S = 2.0  # for what other processes have finished
+
+
+class EncodingFailed(RuntimeError):
+    """The cache could not be made whole; what is there stays."""
 
 
 @dataclass(frozen=True)
@@ -97,20 +103,44 @@ def encode(config: Config, overrides: Sequence[str]) -> int:
     """Makes the cache that training with `config` reads, or what is missing of it; returns the exit
     code.
     """
-    with StopFlag(lambda: print("interrupted; the same command goes on from here")) as stop:
+
+    def on_exit() -> None:
+        print("interrupted; the same command goes on from here")
+
+    def on_failure(failure: Failure) -> None:
+        if failure.exit_code == EXIT_INTERRUPTED:
+            return on_exit()
+        print(failure.trace, failure.said, sep="", file=sys.stderr)
+
+    with StopFlag(on_exit) as stop:
         try:
-            with stop.compiling():  # scanning a folder of images can take minutes
-                start_processes(config.distributed, config.hardware)
-                job = prepare(config)
-            with _locked(job.folder / job.key.name):
-                return _attempt(job, overrides, stop)
-        except RunLocked as error:
-            reason = str(error).removesuffix(", or use another run.name.")
-            print(f"sdx: the same cache is being made: {reason}.", file=sys.stderr)
+            with stop.compiling():  # others may take minutes to come
+                companions = start_processes(config.distributed, config.hardware, on_failure)
+                stop.join(companions, in_step=False)
+        except ProcessesError as error:
+            print(f"sdx: {error}", file=sys.stderr)
             return REFUSED
-        except (ConfigError, StoreError, *REFUSALS) as error:
-            print(error if isinstance(error, ConfigError) else f"sdx: {error}", file=sys.stderr)
-            return REFUSED
+        with companions:
+            return _started(config, overrides, stop, companions)
+
+
+def _started(
+    config: Config, overrides: Sequence[str], stop: StopFlag, companions: Companions
+) -> int:
+    """All but how processes begin and end."""
+    try:
+        with stop.compiling():  # scanning a folder of images can take minutes
+            job = prepare(config)
+        with _locked(job.folder / job.key.name):
+            return _attempt(job, overrides, stop)
+    except EncodingFailed as error:
+        return companions.fail(FAILED, f"sdx: {error}")
+    except RunLocked as error:
+        reason = str(error).removesuffix(", or use another run.name.")
+        return companions.fail(REFUSED, f"sdx: the same cache is being made: {reason}.")
+    except (ConfigError, StoreError, *REFUSALS) as error:
+        reason = str(error) if isinstance(error, ConfigError) else f"sdx: {error}"
+        return companions.fail(REFUSED, reason)
 
 
 def _attempt(job: Job, overrides: Sequence[str], stop: StopFlag) -> int:
@@ -120,8 +150,7 @@ def _attempt(job: Job, overrides: Sequence[str], stop: StopFlag) -> int:
         print(f"interrupted by {stop.signal_name}; the same command goes on from here")
         return EXIT_INTERRUPTED
     except (DataError, OSError) as error:
-        print(f"sdx: {error}", file=sys.stderr)
-        return FAILED
+        raise EncodingFailed(str(error)) from error
     return FINISHED
 
 
