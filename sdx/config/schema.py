@@ -423,7 +423,7 @@ class AttentionConfig:
     )
     shard_sequence: bool = option(
         False,
-        "Split queries by their length over mesh axis tensor, each device with all keys and values.",
+        "Split queries by length over mesh axis tensor; every device has all keys and values.",
         identity=False,
     )
     split_head_dim: bool = option(

@@ -2,23 +2,17 @@
 
 Each image goes to the shape whose aspect ratio is nearest to its own, is resized to cover it and
 cropped, so that little of it is lost and nothing distorted (NovelAI 2022, "Improvements on Stable
-Diffusion"; their search over all sides is a table of nine ratios here).
+Diffusion"; their search over all sides is the table of nine ratios in config/sizes.py).
 """
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
+from sdx.config.sizes import Size, bucket_sizes
 from sdx.data.source import DataError, Source
-
-RATIOS = ((1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (2, 1))
-"""Width to height; wider and taller images go to the last and the first."""
-
-Size = tuple[int, int]
-"""Height and width in pixels."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +39,6 @@ class Buckets:
         """The part of all steps that trains in each shape."""
         counts = self.num_batches(batch_size)
         return {size: n / sum(counts) for size, n in zip(self.sizes, counts, strict=True)}
-
-
-def bucket_sizes(resolution: int, multiple: int) -> list[Size]:
-    """The shapes for `RATIOS`: sides are multiples of `multiple`, the area is about that of the
-    square of `resolution`, which is itself one of them. Ratios can share a shape.
-    """
-
-    def side(length: float) -> int:
-        return max(1, round(length / multiple)) * multiple
-
-    roots = [math.sqrt(width / height) for width, height in RATIOS]
-    sizes = [(side(resolution / root), side(resolution * root)) for root in roots]
-    return list(dict.fromkeys(sizes))
 
 
 def nearest_buckets(sizes: Int32[np.ndarray, "n 2"], shapes: list[Size]) -> Int64[np.ndarray, " n"]:

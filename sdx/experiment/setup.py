@@ -6,10 +6,11 @@ Whatever is wrong here refuses the start (exit code 2): devices, data, the model
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import jax
 from jax.sharding import Mesh
 
 from sdx.config import resolve
+from sdx.config.check_attention import sequence_problems
+from sdx.config.errors import ConfigError
 from sdx.config.identity import run_folder_name
 from sdx.config.schema import (
     Config,
@@ -30,6 +31,7 @@ from sdx.experiment.compilation_cache import use_compilation_cache
 from sdx.experiment.publishing import check_can_publish
 from sdx.experiment.unet_checkpoint import RunUNet, open_unet_checkpoint
 from sdx.experiment.validating import open_validation
+from sdx.parallel.agreement import is_first, process_count
 from sdx.parallel.mesh import MeshError, claim_devices, make_mesh
 from sdx.parallel.place import ProcessesError
 from sdx.record.files import DamagedRecord, read_json
@@ -79,21 +81,22 @@ class Setup:
 
 
 def prepare(config: Config) -> Setup:
-    """Looks at devices, data and weights; raises one of `REFUSALS` with what is wrong."""
+    """Looks at devices, data and weights; raises a ConfigError or one of `REFUSALS` with what is
+    wrong."""
     root = run_paths(config).root
     root.exists()  # first of all, whether a store can be reached
     use_compilation_cache(config.run.compilation_cache_dir)
     claim_devices(config.hardware)
     mesh = make_mesh(config.mesh, config.hardware)
-    if isinstance(root, ObjectPath) and jax.process_count() > 1:
+    if isinstance(root, ObjectPath) and process_count() > 1:
         raise RefusedStart(
             f"{root}: only runs of one process can be saved to a store, this one has "
-            f"{jax.process_count()}; use a run.output_dir that all hosts have mounted."
+            f"{process_count()}; use a run.output_dir that all hosts have mounted."
         )
     config = resolve.with_global_batch(config, mesh.size)
     check_batch(config, mesh, resolve.global_batch_size(config))
     check_sinks(config.metrics.sinks, keeps_files="://" not in config.run.output_dir)
-    if config.export.push_to_hub and config.export.hub_model_id is not None:
+    if config.export.push_to_hub and config.export.hub_model_id is not None and is_first():
         check_can_publish(config.export.hub_model_id)  # not when the training is done
     weights, unet = open_weights(_at_recorded_commit(config))
     if config.model.from_files:
@@ -105,6 +108,8 @@ def prepare(config: Config) -> Setup:
             weights, unet = open_weights(at_commit)
             adopted = adopt(config, weights, unet)
         config = adopted
+    if odd := [*sequence_problems(config, mesh.shape["tensor"])]:
+        raise ConfigError(odd)  # `check` does not know the devices of a bare gpu or tpu
     check_weights(config, weights, unet)
     tokenizer = open_tokenizer(config, weights)
     data = data_at_recorded_commit(config)

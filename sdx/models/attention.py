@@ -2,7 +2,8 @@
 
 The function that computes attention is handed in (`AttentionFn`), so that a kernel can be swapped
 without touching a network; `dot_product_attention` is the plain one, the reference for all others.
-attention_choice.py picks, attention_kernels.py holds those of accelerators.
+attention_choice.py picks, attention_kernels.py holds those of accelerators, attention_mesh.py parts
+the work among devices.
 """
 
 import math
@@ -30,7 +31,24 @@ class AttentionFn(Protocol):
     """softmax(query key^T / sqrt(d)) value for each head, in the query's type; softmax in float32.
 
     `upcast` computes the logits from float32 copies of query and key (config `upcast_attention`).
+    Keys that are not `present` count for nothing: the plain products do that, whatever the kernel.
     """
+
+    def __call__(
+        self,
+        query: Float[Array, "b s h d"],
+        key: Float[Array, "b t h d"],
+        value: Float[Array, "b t h d"],
+        *,
+        upcast: bool,
+        precision: jax.lax.Precision,
+        present: Bool[Array, "b t"] | None = None,
+    ) -> Float[Array, "b s h d"]: ...
+
+
+@runtime_checkable  # beartype checks arguments against it in tests
+class KernelFn(Protocol):
+    """An AttentionFn to which all keys are present."""
 
     def __call__(
         self,
@@ -53,10 +71,7 @@ def dot_product_attention(
     is_causal: bool = False,
     present: Bool[Array, "b t"] | None = None,
 ) -> Float[Array, "b s h d"]:
-    """Attention written out (arXiv 1706.03762, equation 1); holds all s x t weights.
-
-    Keys that are not `present` count for nothing.
-    """
+    """Attention written out (arXiv 1706.03762, equation 1); holds all s x t weights."""
     dtype, scale = query.dtype, query.shape[-1] ** -0.5
     if upcast:
         query, key = query.astype(jnp.float32), key.astype(jnp.float32)
@@ -79,6 +94,7 @@ def per_head_attention(
     *,
     upcast: bool,
     precision: jax.lax.Precision,
+    present: Bool[Array, "b t"] | None = None,
 ) -> Float[Array, "b s h d"]:
     """The same attention for XLA:CPU: all in float32 (whatever `upcast`), long heads one by one.
 
@@ -86,6 +102,10 @@ def per_head_attention(
     does not: 31 against 141 ms of CPU for 4 heads of 1024 x 1024, forward and backward, of which
     the backward written out below is half (torch's fused kernel: 29).
     """
+    if present is not None:
+        return dot_product_attention(
+            query, key, value, upcast=upcast, precision=precision, present=present
+        )
     b, s, h, d = query.shape
     heads = [jnp.swapaxes(x.astype(jnp.float32), 1, 2) for x in (query, key, value)]
     if s * key.shape[1] >= LONG and b * h <= MAX_UNROLLED:
@@ -177,11 +197,10 @@ class Attention(nnx.Module):
             split_heads(y, self.num_heads)
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        attention = self.attention
-        if self.skips_absent:  # the plain products, whatever the kernel: captions are short
-            present = jnp.any(context != 0, axis=-1)
-            attention = partial(dot_product_attention, present=present)
-        y = attention(query, key, value, upcast=self.upcast, precision=self.precision)
+        present = jnp.any(context != 0, axis=-1) if self.skips_absent else None
+        y = self.attention(
+            query, key, value, upcast=self.upcast, precision=self.precision, present=present
+        )
         return self.to_out[0](y.reshape(x.shape))
 
 

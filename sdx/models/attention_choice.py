@@ -1,17 +1,23 @@
 """Which attention runs where: a kernel for long sequences, the plain products for the others.
 
 The choice follows from shapes alone, so that what a run will use can be told before it compiles.
+Self-attention has as many keys as queries; cross-attention has the caption's 77, so that the rule
+of `min_sequence` leaves it to the plain products. The text encoder's attention, causal over 77
+tokens, is none of this: plain, its heads over axis tensor by the rules of its weights.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from sdx.config.resolve import AUTO_ATTENTION, CUDNN_HEAD_DIM, CUDNN_HEAD_DIM_UNIT
 from sdx.config.schema import AttentionConfig, AttentionKind, DownBlock, ModelConfig, Platform
-from sdx.models.attention import AttentionFn, dot_product_attention, per_head_attention
+from sdx.models.attention import AttentionFn, KernelFn, dot_product_attention, per_head_attention
+from sdx.models.attention_mesh import OverMesh
 
 CUDNN_DTYPES = ("bfloat16", "float16")
 PALLAS_HEAD_DIM = 256  # a tile of the autoencoder's 512 would not fit the memory beside its like
@@ -22,7 +28,7 @@ class ByShape:
     """Attention (an AttentionFn) by `kernel` where it is worth it and allowed, else by `plain`."""
 
     kind: AttentionKind
-    kernel: AttentionFn
+    kernel: KernelFn
     plain: AttentionFn
     min_sequence: int
     dtype: str
@@ -40,10 +46,13 @@ class ByShape:
         *,
         upcast: bool,
         precision: jax.lax.Precision,
+        present: Bool[Array, "b t"] | None = None,
     ) -> Float[Array, "b s h d"]:
+        how: dict[str, Any] = {"upcast": upcast, "precision": precision}
         fits = self.takes(query.shape[1], key.shape[1], query.shape[3])
-        attention = self.kernel if fits else self.plain
-        return attention(query, key, value, upcast=upcast, precision=precision)
+        if fits and present is None:
+            return self.kernel(query, key, value, **how)
+        return self.plain(query, key, value, **how, present=present)
 
 
 def select_attention(
@@ -51,12 +60,17 @@ def select_attention(
 ) -> AttentionFn:
     """The attention function of `config` for activations of `dtype`; auto picks by platform."""
     kind = AUTO_ATTENTION[platform] if config.kind is AttentionKind.auto else config.kind
-    if kind is AttentionKind.per_head:
-        return per_head_attention
     plain = dot_product_attention if config.split_head_dim else _folded
-    if kind is AttentionKind.dot_product:
+    if kind is AttentionKind.per_head:
+        plain = per_head_attention
+    kernel, shards = _kernel(kind, config), config.shard_sequence
+    if mesh is not None and mesh.size > 1:
+        shards = shards and mesh.shape["tensor"] > 1
+        plain = OverMesh(plain, mesh, shards) if shards else plain
+        kernel = kernel and OverMesh(kernel, mesh, shards)
+    if kernel is None:
         return plain
-    return ByShape(kind, _kernel(kind, config, mesh), plain, config.min_sequence, dtype)
+    return ByShape(kind, kernel, plain, config.min_sequence, dtype)
 
 
 def refusal(kind: AttentionKind, head_dim: int, dtype: str) -> str | None:
@@ -85,12 +99,15 @@ def describe(
             continue  # the middle attends at the last level, whatever its own blocks do
         pixels, head_dim = (side >> level) ** 2, channels // heads
         chosen[f"{pixels} x {pixels}"] = _name(attention, pixels, pixels, head_dim)
-        over_caption = dot_product_attention if mask_padding_tokens else attention
-        chosen[f"{pixels} x {num_tokens}"] = _name(over_caption, pixels, num_tokens, head_dim)
+        chosen[f"{pixels} x {num_tokens}"] = _name(
+            attention, pixels, num_tokens, head_dim, masked=mask_padding_tokens
+        )
     return chosen
 
 
-def _kernel(kind: AttentionKind, config: AttentionConfig, mesh: Mesh | None) -> AttentionFn:
+def _kernel(kind: AttentionKind, config: AttentionConfig) -> KernelFn | None:
+    if kind in (AttentionKind.dot_product, AttentionKind.per_head):
+        return None
     from sdx.models import attention_kernels as kernels  # Pallas: 0.2 s, for accelerators alone
 
     if kind is AttentionKind.cudnn:
@@ -99,14 +116,27 @@ def _kernel(kind: AttentionKind, config: AttentionConfig, mesh: Mesh | None) -> 
         AttentionKind.flash: kernels.flash_attention,
         AttentionKind.splash: kernels.splash_attention,
     }[kind]
-    return make(config.block_sizes, mesh)
+    return make(config.block_sizes)
 
 
-def _name(attention: AttentionFn, num_queries: int, num_keys: int, head_dim: int) -> str:
+def _name(
+    attention: KernelFn, num_queries: int, num_keys: int, head_dim: int, *, masked: bool = False
+) -> str:
     if isinstance(attention, ByShape):
-        fits = attention.takes(num_queries, num_keys, head_dim)
-        return attention.kind.name if fits else _name(attention.plain, 0, 0, 0)
-    return "per_head" if attention is per_head_attention else "dot_product"
+        fits = not masked and attention.takes(num_queries, num_keys, head_dim)
+        if not fits:
+            return _name(attention.plain, num_queries, num_keys, head_dim, masked=masked)
+        return attention.kind.name + _share(attention.kernel)
+    if isinstance(attention, OverMesh):
+        inner = _name(attention.attention, num_queries, num_keys, head_dim, masked=masked)
+        return inner + _share(attention)
+    return "per_head" if attention is per_head_attention and not masked else "dot_product"
+
+
+def _share(attention: KernelFn) -> str:
+    if isinstance(attention, OverMesh) and attention.shards_sequence:
+        return f" on 1/{attention.mesh.shape['tensor']} of the queries"
+    return ""
 
 
 def _folded(
@@ -116,9 +146,11 @@ def _folded(
     *,
     upcast: bool,
     precision: jax.lax.Precision,
+    present: Bool[Array, "b t"] | None = None,
 ) -> Float[Array, "b s h d"]:
     """`dot_product_attention` with heads folded into the batch: another layout, nothing else."""
     b, s, h, d = query.shape
     fold = (x.swapaxes(1, 2).reshape(b * h, -1, 1, d) for x in (query, key, value))
-    y = dot_product_attention(*fold, upcast=upcast, precision=precision)
+    masks = None if present is None else jnp.repeat(present, h, axis=0)
+    y = dot_product_attention(*fold, upcast=upcast, precision=precision, present=masks)
     return y.reshape(b, h, s, d).swapaxes(1, 2)

@@ -2,8 +2,9 @@
 
 All compute what `dot_product_attention` does, softmax and accumulation in float32, without holding
 the weights of all pairs. The Pallas kernels want lengths in whole tiles: queries and keys are
-padded with zeros, and padded keys are masked. The compiler does not split a Pallas call over
-devices, so that over a mesh it runs in a `shard_map`: batch over data and fsdp, heads over tensor.
+padded with zeros, and padded keys are masked. Each is the kernel of one device: the compiler does
+not split a Pallas call, and refuses cuDNN's where the axes it picked part head dims or lengths
+("Sharding on head dim is not allowed"), so that over a mesh they run as attention_mesh.py says.
 """
 
 import math
@@ -16,8 +17,6 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import flash_attention as flash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 
 from sdx.config.schema import BlockSizesConfig
@@ -54,11 +53,10 @@ class Tiles:
 
 @dataclass(frozen=True, eq=False)  # networks hold it, and must be hashable
 class PallasAttention:
-    """Attention by one of the Pallas kernels, over the devices of `mesh` where there is one."""
+    """Attention by one of the Pallas kernels."""
 
     make_kernel: Callable[[Tiles, int], Kernel]
     block_sizes: BlockSizesConfig
-    mesh: Mesh | None = None
 
     def __call__(
         self,
@@ -71,24 +69,23 @@ class PallasAttention:
     ) -> Float[Array, "b s h d"]:
         """In the query's type; the products are those of the TPU's matrix unit, accumulated in
         float32 whatever `upcast` and `precision`."""
-        (b, s, h, d), t = query.shape, key.shape[1]
+        (_, s, _, d), t = query.shape, key.shape[1]
         tiles = choose_tiles(self.block_sizes, s, t)
         heads_first = (jnp.swapaxes(x, 1, 2) for x in (query * d**-0.5, key, value))
         lengths = (tiles.num_queries, tiles.num_keys, tiles.num_keys)
         q, k, v = (_pad(x, n) for x, n in zip(heads_first, lengths, strict=True))
-        run = self.make_kernel(tiles, t)
-        y = run_over(self.mesh, run, b, h)(q, k, v)
+        y = self.make_kernel(tiles, t)(q, k, v)
         return jnp.swapaxes(y[:, :, :s, :d], 1, 2).astype(query.dtype)
 
 
-def flash_attention(block_sizes: BlockSizesConfig, mesh: Mesh | None = None) -> PallasAttention:
+def flash_attention(block_sizes: BlockSizesConfig) -> PallasAttention:
     """FlashAttention-2 for TPUs, jax.experimental.pallas.ops.tpu.flash_attention."""
-    return PallasAttention(_flash, block_sizes, mesh)
+    return PallasAttention(_flash, block_sizes)
 
 
-def splash_attention(block_sizes: BlockSizesConfig, mesh: Mesh | None = None) -> PallasAttention:
+def splash_attention(block_sizes: BlockSizesConfig) -> PallasAttention:
     """The sparse-mask kernel with a full mask, jax.experimental.pallas.ops.tpu.splash_attention."""
-    return PallasAttention(_splash, block_sizes, mesh)
+    return PallasAttention(_splash, block_sizes)
 
 
 def choose_tiles(given: BlockSizesConfig, num_queries: int, num_keys: int) -> Tiles:
@@ -112,19 +109,6 @@ def choose_tiles(given: BlockSizesConfig, num_queries: int, num_keys: int) -> Ti
     of_queries = (chosen.block_q, chosen.block_q_dkv, chosen.block_q_dq)
     of_keys = (chosen.block_kv, chosen.block_kv_dkv, chosen.block_kv_dq)
     return Tiles(chosen, _whole(num_queries, of_queries), _whole(num_keys, of_keys))
-
-
-def run_over(
-    mesh: Mesh | None, kernel: Callable[..., Array], num_examples: int, num_heads: int
-) -> Callable[..., Array]:
-    """`kernel` on each device's part of (b, h, s, d) arrays; what does not divide stays whole."""
-    if mesh is None or mesh.size == 1:
-        return kernel
-    shares = mesh.shape["data"] * mesh.shape["fsdp"]
-    batch = ("data", "fsdp") if num_examples % shares == 0 else None
-    heads = "tensor" if num_heads % mesh.shape["tensor"] == 0 else None
-    place = P(batch, heads)
-    return jax.shard_map(kernel, mesh=mesh, in_specs=place, out_specs=place, check_vma=False)
 
 
 def _flash(tiles: Tiles, num_keys: int) -> Kernel:

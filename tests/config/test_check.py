@@ -275,6 +275,23 @@ RULES = {
         "attention.kind=cudnn: takes head dims up to 128 in steps of 8, level 2 has 160 over 256"
         " tokens; use attention=auto, or attention.min_sequence=257.",
     ),
+    "queries split over nothing": (
+        "attention.shard_sequence=true",
+        "attention.shard_sequence=true: has no effect here; it needs mesh.ici.tensor above 1.",
+    ),
+    "queries that do not divide": (
+        "model=sd21 hardware=gpu_h100_8 mesh.ici.tensor=8 mesh.ici.data=1 mesh.ici.fsdp=1"
+        " data.resolution=576 attention.shard_sequence=true train.global_batch_size=8",
+        "attention.shard_sequence=true: mesh axis tensor=8 must divide the tokens of every level,"
+        " of 576x576 pixels level 2 has 324, level 3 has 81; use attention.shard_sequence=false.",
+    ),
+    "queries that divide by less": (
+        "model=sd15 hardware=gpu_h100_8 mesh.ici.tensor=8 mesh.ici.data=1 mesh.ici.fsdp=1"
+        " data.resolution=384 attention.shard_sequence=true train.global_batch_size=8",
+        "attention.shard_sequence=true: mesh axis tensor=8 must divide the tokens of every level,"
+        " of 384x384 pixels level 3 has 36; use a tensor axis of 2 or 4, or"
+        " attention.shard_sequence=false.",
+    ),
     "tiles without a kernel": (
         "attention.block_sizes.block_q=256",
         "attention.block_sizes.block_q=256: has no effect here; it needs attention=flash or"
@@ -527,6 +544,8 @@ SOUND = [
     "run.output_dir=s3://bucket/runs run.resume_from=gs://bucket/runs/a@best",
     "hardware=gpu_h100_8 mesh.ici.tensor=2 train.per_device_batch_size=0.5",
     "hardware=gpu_h100_8 mesh.ici.data=2 mesh.ici.fsdp=2 mesh.ici.tensor=2",
+    "model=sd21 hardware=gpu_h100_8 mesh.ici.data=1 mesh.ici.fsdp=1 mesh.ici.tensor=8"
+    " train.global_batch_size=8 attention.shard_sequence=true",
     *(
         f"{hardware} mesh={mesh}"
         for hardware in (TWO_SLICES, "hardware=gpu_h100_8x8", "hardware=tpu")
@@ -583,6 +602,17 @@ def test_rule(case: str) -> None:
 @pytest.mark.parametrize("line", SOUND)
 def test_sound_configurations_pass(line: str) -> None:
     assert faults_of(line) == []
+
+
+def test_queries_of_every_bucket_must_divide() -> None:
+    line = (
+        f"{PHOTOS} data.buckets=true model=sd21 data.resolution=256 hardware=gpu_h100_8"
+        " mesh.ici.data=1 mesh.ici.fsdp=2 mesh.ici.tensor=4 attention.shard_sequence=true"
+    )
+    of = "of {} pixels level 3 has {}; use attention.shard_sequence=false."
+    odd = {"384x192": 18, "320x192": 15, "192x320": 15, "192x384": 18}  # not 256x256
+    for fault, (size, length) in zip(faults_of(line), odd.items(), strict=True):
+        assert fault.endswith(of.format(size, length))
 
 
 def test_faults_of_many_rules_come_together() -> None:

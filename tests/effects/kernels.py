@@ -37,6 +37,14 @@ def states_attended(case: Case) -> dict[str, int]:
     }
 
 
+def queries(case: Case) -> set[int]:
+    """Of which a device computes the logits, self- and cross-attention."""
+    products = [one for one in network(case, "unet") if one.primitive.name == "dot_general"]
+    by_head = [one for one in products if len(one.params["dimension_numbers"][1][0]) == 2]
+    logits = {one.outvars[0].aval.shape for one in by_head}
+    return {shape[2] for shape in logits if shape[3] in (4, 77)}
+
+
 def fused(case: Case) -> dict[str, int]:
     """Kernels that long self-attention is traced to, and how many."""
     return {name: count for name, count in long_attention(case)[0].items() if name == "pallas_call"}
@@ -78,6 +86,14 @@ EFFECTS = [
         written_out,
         8,  # what auto picks on CPU
         0,
+    ),
+    Effect(
+        "attention.shard_sequence",
+        "true",
+        queries,
+        {4},
+        {2},  # of the 2 x 2 latents
+        given=("mesh=dp", "hardware.num_devices=2", "mesh.ici.tensor=2"),
     ),
     Effect("attention.min_sequence", "2048", fused, {"pallas_call": 4}, {}, given=FLASH),
     Effect(

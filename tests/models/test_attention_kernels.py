@@ -15,10 +15,9 @@ from jax.experimental.pallas import tpu
 from sdx.config.compose import compose
 from sdx.config.schema import AttentionConfig, AttentionKind, BlockSizesConfig, Platform
 from sdx.models import attention_kernels
-from sdx.models.attention import AttentionFn, dot_product_attention, per_head_attention
+from sdx.models.attention import KernelFn, dot_product_attention, per_head_attention
 from sdx.models.attention_choice import ByShape, describe, select_attention
-from sdx.models.attention_kernels import PallasAttention, choose_tiles, flash_attention, run_over
-from tests.micro import micro_mesh
+from sdx.models.attention_kernels import PallasAttention, choose_tiles, flash_attention
 
 PALLAS = [AttentionKind.flash, AttentionKind.splash]
 EXACT: dict[str, Any] = {"upcast": False, "precision": jax.lax.Precision.HIGHEST}
@@ -36,7 +35,7 @@ def arrays(b: int, s: int, t: int, h: int, d: int, dtype: Any = jnp.float32) -> 
     return [jnp.asarray(draw(size=shape), dtype) for shape in shapes]
 
 
-def outcome(attention: AttentionFn, *given: jax.Array) -> list[jax.Array]:
+def outcome(attention: KernelFn, *given: jax.Array) -> list[jax.Array]:
     """What comes out, and the gradients of what goes in."""
 
     def run(*given: jax.Array) -> list[jax.Array]:
@@ -109,35 +108,6 @@ def test_tiles_divide_padded_lengths() -> None:
     blocks = sizes.blocks
     assert (blocks.block_q_dkv, blocks.block_q_dq, blocks.block_kv) == (256, 384, 640)
     assert (blocks.block_kv_compute, blocks.block_kv_dkv_compute) == (640, 128)
-
-
-@pytest.mark.fast
-@pytest.mark.parametrize(("b", "h", "part"), [(8, 4, (2, 2)), (3, 4, (3, 2)), (8, 3, (2, 3))])
-def test_devices_get_their_part_of_batch_and_heads(b: int, h: int, part: tuple[int, int]) -> None:
-    """The plain products stand in for the kernel."""
-    mesh = micro_mesh(8, data=2, fsdp=2, tensor=2)
-    seen = []
-
-    def kernel(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        seen.append(query.shape)
-        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-        return jnp.swapaxes(dot_product_attention(q, k, v, **EXACT), 1, 2)
-
-    given = arrays(b, 16, 16, h, 8)[:3]
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in given)
-    found = jax.jit(run_over(mesh, kernel, b, h))(q, k, v)
-    expected = dot_product_attention(*given, **EXACT)
-    np.testing.assert_allclose(jnp.swapaxes(found, 1, 2), expected, atol=2e-6)
-    assert seen[0][:2] == part
-
-
-def test_a_kernel_over_eight_devices(interpreted: Callable[[AttentionKind], Any]) -> None:
-    given = arrays(4, 128, 128, 2, 8)
-    spread = make(AttentionKind.splash, mesh=micro_mesh(8, data=2, fsdp=2, tensor=2))
-    with interpreted(AttentionKind.splash):
-        found = outcome(spread, *given)
-    for one, other in zip(found, outcome(dot_product_attention, *given), strict=True):
-        np.testing.assert_allclose(one, other, atol=5e-6)
 
 
 @pytest.mark.fast
