@@ -184,17 +184,20 @@ class Program:
             context=None if host.context is None else self.place_rows(host.context),
         )
 
-    def lower(self) -> tuple[Lowered, Lowered]:
-        """Both programs, traced and lowered for the shapes of this configuration: encode, step."""
-        return self._lower(self.abstract_batch)
+    def lower(self, platforms: tuple[str, ...] | None = None) -> tuple[Lowered, Lowered]:
+        """Both programs, traced and lowered for the shapes of this configuration: encode, step;
+        for JAX's `platforms` instead of the mesh's, if given."""
+        return self._lower(self.abstract_batch, platforms)
 
-    def _lower(self, batch: Batch) -> tuple[Lowered, Lowered]:
+    def _lower(
+        self, batch: Batch, platforms: tuple[str, ...] | None = None
+    ) -> tuple[Lowered, Lowered]:
         assert isinstance(self.encode, Wrapped) and isinstance(self.step, Wrapped), (
             "compiled before"
         )
-        encode = self.encode.lower(self.abstract_frozen, batch)
-        moments, conditioning = self._encoded(encode)
-        return encode, self.step.lower(self.abstract_state, moments, conditioning, batch.weights)
+        encode = self.encode.trace(self.abstract_frozen, batch).lower(lowering_platforms=platforms)
+        step = self.step.trace(self.abstract_state, *self._encoded(encode), batch.weights)
+        return encode, step.lower(lowering_platforms=platforms)
 
     def _encoded(self, encode: Lowered) -> list[jax.ShapeDtypeStruct]:
         place = sharding.batch_sharding(self.mesh)
@@ -299,8 +302,8 @@ def networks_of(config: Config, mesh: Mesh) -> Networks:
 def attention_of(config: Config, mesh: Mesh) -> AttentionFn:
     """What computes attention on `mesh`."""
     return select_attention(
-        config.attention,
-        config.hardware.platform,
+        resolve.attention(config),
+        resolve.platform(config),
         dtype=resolve.activations_dtype(config),
         mesh=mesh,
     )
@@ -447,7 +450,7 @@ def _placed(abstract: Any, shardings: Any) -> Any:
     )
 
 
-def check_batch(config: Config, mesh: Mesh, batch_size: int) -> None:
+def check_batch(config: Config, mesh: sharding.AnyMesh, batch_size: int) -> None:
     """Raises BatchError where the batch does not split over the devices and micro-steps."""
     shares = sharding.batch_divisor(mesh) * config.train.gradient_accumulation
     if batch_size % shares:
