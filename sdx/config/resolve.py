@@ -9,6 +9,7 @@ import math
 
 from sdx.config.schema import (
     ActivationsDtype,
+    AttentionConfig,
     AttentionKind,
     Config,
     DataKind,
@@ -59,12 +60,34 @@ def prediction_type(config: Config) -> PredictionType:
     return config.diffusion.prediction_type or config.model.prediction_type
 
 
+def platform(config: Config) -> Platform:
+    """What computes: the CPU of this machine where the hardware is only rehearsed."""
+    return Platform.cpu if config.hardware.simulate else config.hardware.platform
+
+
+def attention(config: Config) -> AttentionConfig:
+    """How attention is computed; in a rehearsal no kernel that this machine has no chips for."""
+    kernels = (AttentionKind.flash, AttentionKind.splash, AttentionKind.cudnn)
+    if config.hardware.simulate and config.attention.kind in kernels:
+        return dataclasses.replace(config.attention, kind=AttentionKind.auto)
+    return config.attention
+
+
 def activations_dtype(config: Config) -> str:
-    """Compute type: `float32` or `bfloat16`."""
+    """Compute type: `float32` or `bfloat16`. A rehearsal computes what a CPU would, in float32: its
+    losses are to be compared, and bfloat16 shares no array out differently."""
     chosen = config.model.activations_dtype
     if chosen is ActivationsDtype.auto:
-        return "float32" if config.hardware.platform is Platform.cpu else "bfloat16"
+        return "float32" if platform(config) is Platform.cpu else "bfloat16"
     return chosen.name
+
+
+def without_place(config: Config) -> Config:
+    """`config` as it is for every process of a run, and for its next start."""
+    shared = dataclasses.replace(
+        config.distributed, coordinator_address=None, num_processes=None, process_id=None
+    )
+    return dataclasses.replace(config, distributed=shared)
 
 
 def vae_factor(config: Config) -> int:

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict
 
-import jax
-
 from sdx.config import resolve
 from sdx.config.leaves import plain
 from sdx.config.schema import Config, Init, Platform, ResumePolicy
@@ -19,26 +17,21 @@ from sdx.experiment.compilation_cache import heal_compilation_cache
 from sdx.experiment.exporting import export_at_end
 from sdx.experiment.gallery import Gallery
 from sdx.experiment.setup import Setup, bold_rate, departure, lost_precision
+from sdx.experiment.taking import Taken
 from sdx.experiment.validating import Validator, continue_history
 from sdx.models.attention_choice import describe as describe_attention
+from sdx.parallel.agreement import from_first, gather, is_first, process_count
 from sdx.parallel.memory import keep_freed_memory
 from sdx.parallel.stopping import EXIT_INTERRUPTED, StopFlag
+from sdx.parallel.whole import tree_to_first_host
 from sdx.pipeline import Params, Pipeline, make_pipeline
-from sdx.record.files import write_text
+from sdx.record.files import read_json, write_text
 from sdx.record.log import Log
 from sdx.record.metrics import truncate_after
-from sdx.record.paths import RunPaths
 from sdx.record.redact import redact
-from sdx.record.run import RunRecord
 from sdx.record.status import Status
 from sdx.record.store import StoreError
-from sdx.record.validation import (
-    BEST,
-    ValidationHistory,
-    best_checkpoint,
-    parse_run,
-    read_history,
-)
+from sdx.record.validation import ValidationHistory, history_of
 from sdx.sampling.denoise import SamplingStopped
 from sdx.training.checkpoint import Checkpointer, NoValidCheckpoint, restore_step
 from sdx.training.evaluation import Evaluator, evaluation_data, make_evaluator, num_measured
@@ -62,11 +55,16 @@ class ExportFailed(RuntimeError):
 
 
 class Attempt:
-    """One start of a run that holds its folder."""
+    """One start of a run that holds its folder.
 
-    def __init__(self, setup: Setup, record: RunRecord, stop: StopFlag):
+    Of many processes all do the same, in the same order; the first one decides what the clock and
+    the folder decide, writes, and speaks.
+    """
+
+    def __init__(self, setup: Setup, taken: Taken, stop: StopFlag):
         self.setup = setup
-        self.record = record
+        self.record = taken.record
+        self.fork = taken.fork
         self.stop = stop
         self.log = Log(setup.paths.log)
         self.progress = ProgressLine(setup.max_steps)
@@ -75,6 +73,8 @@ class Attempt:
     def run(self) -> int:
         """Everything from compiling to the last picture; returns the exit code."""
         self.say(_headline(self.setup))
+        if self.setup.config.hardware.simulate:
+            self.record.update(simulated=True)  # from now on, whatever goes on with the run
         for warn in (lost_precision, bold_rate, departure):
             warning = warn(self.setup.config)
             if warning is not None:
@@ -102,8 +102,9 @@ class Attempt:
 
     def say(self, text: str) -> None:
         """One line for the user and the log."""
-        self.progress.say(text)
-        self.log.write(text)
+        if is_first():
+            self.progress.say(text)
+            self.log.write(text)
 
     def _compile(self) -> Program:
         setup, config = self.setup, self.setup.config
@@ -115,7 +116,7 @@ class Attempt:
         self._note_attention()
         with heal_compilation_cache(config.run.compilation_cache_dir):
             program = program.compile()
-        if config.hardware.platform is Platform.cpu:
+        if resolve.platform(config) is Platform.cpu:
             keep_freed_memory()
         self.say(f"compiled in {program.compile_s:.1f} s")
         return program
@@ -169,24 +170,24 @@ class Attempt:
 
     def _train(self, program: Program, frozen: Params, evaluator: Evaluator | None) -> int:
         setup, config, paths = self.setup, self.setup.config, self.setup.paths
-        history = read_history(paths.run)
+        history = history_of(from_first(lambda: (read_json(paths.run) or {}).get("validation")))
         checkpointer = Checkpointer(
             paths.checkpoints,
             keep=config.checkpoint.keep,
             best=lambda steps: history.best(steps, config.checkpoint.keep_best or 0),
             say=self.say,
+            reads_once=setup.mesh if config.checkpoint.single_replica_restore else None,
         )
         with closing(checkpointer):
             state = self._first_state(program, checkpointer)
             first_step = int(state.step)
             self._note_bad_images()
-            self.record.begin(first_step, truncate_after(paths.metrics, first_step))
-            _remove_later_pictures(paths, first_step)
+            self._cut_back(first_step)
             of = None if evaluator is None else evaluator.of
             continue_history(history, self.record, of, first_step, self.say)
             sinks = self.sinks = self._make_sinks(first_step + 1)
             pipeline = self._pipeline(program, frozen)
-            gallery = Gallery(config, paths, pipeline, sinks, lambda: self.stop.requested)
+            gallery = Gallery(config, paths, pipeline, sinks, self.stop.agreed)
             loader = make_loader(
                 setup.source,
                 setup.tokenizer,
@@ -195,6 +196,7 @@ class Attempt:
                 global_batch_size=program.global_batch_size,
                 resolution=resolve.resolution(config),
                 start_step=first_step,
+                rows=program.host_rows,
                 buckets=setup.buckets,
             )
             with loader:
@@ -228,6 +230,15 @@ class Attempt:
         self.record.finish(Status.finished, step=outcome.step)
         return FINISHED
 
+    def _cut_back(self, step: int) -> None:
+        """Takes back what is on record of steps that are about to be trained again."""
+        paths = self.setup.paths
+        self.record.begin(step, truncate_after(paths.metrics, step) if is_first() else ())
+        if is_first():
+            for grid in paths.samples.glob("*.png"):
+                if grid.stem.isdigit() and int(grid.stem) > step:
+                    grid.unlink()
+
     def _validator(
         self, evaluator: Evaluator | None, history: ValidationHistory, sinks: Sequence[MetricSink]
     ) -> Validate:
@@ -239,7 +250,7 @@ class Attempt:
             self.record,
             sinks,
             say=self.say,
-            should_stop=lambda: self.stop.requested,
+            should_stop=self.stop.agreed,
         )
 
     def _first_state(self, program: Program, checkpointer: Checkpointer) -> TrainState:
@@ -251,11 +262,9 @@ class Attempt:
             return restored[1]
         if config.run.resume is ResumePolicy.must:
             raise NoValidCheckpoint(f"run.resume=must: {checkpointer.folder} holds no checkpoint.")
-        if config.run.resume_from is not None:
-            parent, step = parse_run(config.run.resume_from)
-            step = best_checkpoint(parent) if step == BEST else step
-            abstract = program.abstract_state
-            found = restore_step(parent.checkpoints, step, abstract, say=self.say)
+        if self.fork is not None:
+            parent, step = self.fork
+            found = restore_step(parent.checkpoints, step, program.abstract_state, say=self.say)
             self.say(f"forked from {parent.root} at step {found[0]}")
             self.record.update(parent=f"{parent.root}@{found[0]}")
             if config.checkpoint.every is not None:  # the fork needs its parent no longer
@@ -291,7 +300,7 @@ class Attempt:
             batch_size=program.global_batch_size,
             flops=program.flops_per_step,
             num_devices=program.mesh.size,
-            peak_tflops=config.hardware.peak_tflops,
+            peak_tflops=None if config.hardware.simulate else config.hardware.peak_tflops,
         )
         return Reporter(
             every=config.metrics.every,
@@ -336,10 +345,16 @@ class Attempt:
 
     def _export(self, pipeline: Pipeline, step: int) -> None:
         """`RUN/export`. All is saved before, so that a failure costs nothing but another start."""
+        if process_count() > 1:  # shared between them: all give their part before one writes
+            params = tree_to_first_host(pipeline.params, keeps=is_first())
+            pipeline = pipeline.with_params(params)
+        with self.stop.compiling():  # an upload can take hours: a signal ends it at once
+            from_first(lambda: self._write_export(pipeline, step), (ExportFailed,))
+
+    def _write_export(self, pipeline: Pipeline, step: int) -> None:
         setup = self.setup
         try:
-            with self.stop.compiling():  # an upload can take hours: a signal ends it at once
-                export_at_end(setup.paths, setup.config, pipeline, step, self.say)
+            export_at_end(setup.paths, setup.config, pipeline, step, self.say)
         except Exception as error:
             self.log.write(traceback.format_exc())
             again = "goes on from the last checkpoint and tries it again"
@@ -350,18 +365,22 @@ class Attempt:
             ) from error
 
     def _note_bad_images(self, late: Iterable[BadImage] = ()) -> None:
-        """`bad_images.jsonl`: what the scan left out and what became unreadable since."""
+        """`bad_images.jsonl`: what the scan left out and what became unreadable since, in any
+        process."""
+        found = gather([asdict(image) for image in late])
+        if not is_first():
+            return
         path = self.setup.paths.bad_images
         known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         sources = (self.setup.source, self.setup.validation)
         scanned = [image for source in sources for image in getattr(source, "bad_images", ())]
-        bad = [*scanned, *late]
-        lines = [json.dumps(asdict(image), ensure_ascii=False) for image in bad]
+        bad = [*map(asdict, scanned), *(image for images in found for image in images)]
+        lines = [json.dumps(image, ensure_ascii=False) for image in bad]
         if lines:
             write_text(path, "\n".join(dict.fromkeys([*known, *lines])) + "\n")
 
     def _should_stop(self) -> bool:
-        if self.record.lock.lost:
+        if self.record.lost:
             raise FolderLost(
                 f"{self.setup.paths.root}: another process took the folder while this one gave "
                 "no sign of life; it goes on there, nothing more is written here."
@@ -390,15 +409,11 @@ def _saves(config: Config) -> bool:
 
 def _headline(setup: Setup) -> str:
     config, devices = setup.config, setup.mesh.devices
+    rehearsed = ""
+    if config.hardware.simulate:
+        rehearsed = f" that stand for hardware={config.hardware.name} (simulated)"
     return (
         f"{config.model.name} on {config.data.kind.name}: {len(setup.source)} examples, "
         f"{setup.max_steps} steps of {config.train.global_batch_size}, "
-        f"{devices.size} x {devices.flat[0].device_kind} -> {setup.paths.root}"
+        f"{devices.size} x {devices.flat[0].device_kind}{rehearsed} -> {setup.paths.root}"
     )
-
-
-def _remove_later_pictures(paths: RunPaths, step: int) -> None:
-    """Grids of steps that are about to be trained again."""
-    for path in paths.samples.glob("*.png"):
-        if path.stem.isdigit() and int(path.stem) > step and jax.process_index() == 0:
-            path.unlink()

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from sdx.config import resolve
 from sdx.config.errors import ConfigError
 from sdx.config.schema import Config
 from sdx.data.source import DataError
@@ -72,7 +73,7 @@ def run(config: Config, overrides: Sequence[str]) -> int:
             print(f"sdx: {error}", file=sys.stderr)
             return REFUSED
         with companions, only_first_speaks():
-            return _started(config, overrides, stop, companions, attempts)
+            return _started(resolve.without_place(config), overrides, stop, companions, attempts)
 
 
 def _started(

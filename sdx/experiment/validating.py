@@ -10,7 +10,7 @@ from sdx.config.schema import Config
 from sdx.data.source import DataError, Source
 from sdx.data.sources.open import open_source
 from sdx.record.paths import RunPaths
-from sdx.record.run import RunRecord
+from sdx.record.run import AnyRecord
 from sdx.record.validation import BEST, Step, ValidationHistory, best_checkpoint
 from sdx.training.checkpoint import NoValidCheckpoint
 from sdx.training.evaluation import Evaluator, check_buckets, evaluation_data, num_measured
@@ -65,7 +65,7 @@ class Validator:
         self,
         evaluator: Evaluator,
         history: ValidationHistory,
-        record: RunRecord,
+        record: AnyRecord,
         sinks: Sequence[MetricSink],
         *,
         say: Say,
@@ -103,7 +103,7 @@ class Validator:
 
 
 def continue_history(
-    history: ValidationHistory, record: RunRecord, of: str | None, first_step: int, say: Say
+    history: ValidationHistory, record: AnyRecord, of: str | None, first_step: int, say: Say
 ) -> None:
     """Forgets the losses of steps after `first_step`, and all that are of other examples than `of`;
     None where nothing is measured."""

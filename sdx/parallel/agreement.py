@@ -1,15 +1,14 @@
-"""What the processes of one run tell each other: a value of the first, one of each, a fault.
+"""What the processes of one run tell each other: a value of the first one, or one of each.
 
 Values go as JSON through the coordination service of `jax.distributed`, not through the devices:
 so they can be of any length, come before anything is compiled, wait for hours while one process
 works, and cannot fall in between the collectives of a step. All processes make the same calls in
-the same order, from their main thread. A process that died is not waited for: the service ends the
-others (`jax.distributed.initialize`, heartbeats). With one process every call is what it is given.
+the same order, from their main thread. What one of them cannot go on for ends all (failures.py), so
+that none is waited for in vain. With one process every call is what it is given.
 """
 
 import itertools
 import json
-import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,10 +22,6 @@ _TIDY_EVERY = 256  # so many values of the first process are kept by the service
 _numbers = itertools.count()
 _told: list[str] = []
 """Keys of this process that the service still keeps."""
-
-
-class FaultElsewhere(RuntimeError):
-    """Another process cannot go on; the text says which, and why."""
 
 
 def process_index() -> int:
@@ -79,33 +74,6 @@ def from_first(compute: Callable[[], Value], raises: tuple[type[Exception], ...]
     if "error" in told:
         raise raises[told["kind"]](told["error"])
     return told["value"]
-
-
-def together(act: Callable[[], Value], raises: tuple[type[Exception], ...]) -> Value:
-    """What `act` makes in each process for itself, when it did in all of them.
-
-    Where it ended with one of `raises` in some of them, these raise it and the others
-    FaultElsewhere, so that none goes on alone.
-    """
-    if process_count() == 1:
-        return act()
-    fault, value = None, None
-    try:
-        value = act()
-    except raises as error:
-        fault = error
-    texts = gather(None if fault is None else f"{this_process()}: {fault}")
-    if fault is not None:
-        raise fault
-    for text in texts:
-        if text is not None:
-            raise FaultElsewhere(text)
-    return value  # pyright: ignore[reportReturnType]  # act returned
-
-
-def this_process() -> str:
-    """Of many processes this one, as messages call it."""
-    return f"process {process_index()} of {process_count()} on {socket.gethostname()}"
 
 
 def _is_shared() -> bool:

@@ -183,7 +183,7 @@ def test_a_store_that_cannot_be_written_to_refuses_the_start(
 
 
 def test_many_processes_are_refused_a_store(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("sdx.experiment.setup.process_count", lambda: 2)
     config = micro_config()
     with pytest.raises(RefusedStart, match="only runs of one process can be saved to a store"):
         prepare(replace(config, run=replace(config.run, output_dir=bucket)))
