@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from sdx.config.cli import run
 from sdx.config.schema import Cache, Config
+from sdx.parallel.rehearsal import is_to_spawn, rehearse, typed
 from sdx.parallel.xla_flags import set_flags
 
 
@@ -23,6 +24,9 @@ def with_cache(config: Config) -> Config:
 
 def encode(config: Config, overrides: list[str]) -> int:
     """Makes the cache; JAX is imported here, after every check that needs none."""
+    overrides = typed(overrides)
+    if is_to_spawn(config):
+        return rehearse("encode", config, overrides)
     set_flags(config.xla, config.hardware, config.run.compilation_cache_dir)
     from sdx.experiment.encoding import encoding
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from sdx.config.cli import run
 from sdx.config.schema import Config
+from sdx.parallel.rehearsal import is_to_spawn, rehearse, typed
 from sdx.parallel.xla_flags import set_flags
 
 
@@ -15,6 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config, overrides: list[str]) -> int:
     """Trains what `config` says; JAX is imported here, after every check that needs none."""
+    overrides = typed(overrides)
+    if is_to_spawn(config):
+        return rehearse("train", config, overrides)
     set_flags(config.xla, config.hardware, config.run.compilation_cache_dir)
     from sdx.experiment import run as experiment
 

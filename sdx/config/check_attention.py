@@ -74,6 +74,8 @@ def attention_problems(config: Config) -> Iterator[Problem]:
         rule = f"is a kernel for {needs.name}, hardware={hardware.name} is {hardware.platform.name}"
         yield Problem("attention.kind", kind.name, rule, "use attention=auto")
         return
+    if config.hardware.simulate:
+        return  # the kernel is not used
     dtype = resolve.activations_dtype(config)
     if kind is AttentionKind.cudnn and dtype != "bfloat16":
         rule = "attention=cudnn takes bfloat16"
