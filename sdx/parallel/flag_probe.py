@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -86,18 +87,18 @@ LIBTPU = Compiler(
 _SETTINGS = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
 
 
-def bad_flags(compiler: Compiler, text: str, cache: Path) -> list[BadFlag]:
+def bad_flags(compiler: Compiler, text: str, folder: Path) -> list[BadFlag]:
     """The flags of `text` that would end a process; an empty list where all are good.
 
-    `text` is what the environment variable would hold. `cache` is the folder where good ones are
+    `text` is what the environment variable would hold. `folder` is where good ones are
     remembered, by the compiler's version. Raises ProbeFailed.
     """
-    seen = cache / f"known_flags-{_digest(compiler, text)}"
+    seen = folder / f"known_flags-{_digest(compiler, text)}"
     if seen.is_file():
         return []
     if not (found := list(_tried(compiler, text))):
         with suppress(OSError):  # a folder that cannot be written: tried again next time
-            cache.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             seen.write_text(f"{compiler.package} {compiler.version}: {text}\n", "utf-8")
     return found
 
@@ -173,6 +174,7 @@ def _meant(compiler: Compiler, flag: str) -> str | None:
     return None
 
 
+@cache
 def _spelled_in(compiler: Compiler) -> list[str]:
     """What is spelled like a flag anywhere in the library, since no compiler lists its flags."""
     if compiler.path is None:
@@ -181,6 +183,5 @@ def _spelled_in(compiler: Compiler) -> list[str]:
         compiler.path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
     ):
-        return sorted(
-            {word.decode() for word in re.findall(rb"(?:xla|tpu)_[a-z0-9_]{4,}", content)}
-        )
+        words = set(re.findall(rb"xla_[a-z0-9_]{4,}(?=\0)", content))
+    return sorted(word.decode() for word in words)
