@@ -45,8 +45,8 @@ class PlanKeys:
         Report.text, "A table for people, or one line of JSON for machines.", identity=False
     )
     optimization_level: OptimizationLevel = option(
-        OptimizationLevel.default,
-        "XLA's effort; O0 takes a tenth of the time, its memory is an upper bound.",
+        OptimizationLevel.O0,
+        "XLA's effort; at O0 it takes a tenth of the time and its memory is an upper bound.",
         identity=False,
     )
 

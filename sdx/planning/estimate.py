@@ -1,32 +1,34 @@
-"""What a configuration would hold and compute on its hardware, without that hardware.
+"""What a configuration holds, computes and asks of its hosts, without its hardware: in seconds.
 
-The program of the run is built on virtual CPU devices and its abstract arrays are measured: shapes
-and shardings are those of the run, and nothing is allocated or compiled. Not counted: activations
-and the compiler's temporaries.
+Bytes of what lies on a device are exact (arrays.py), temporaries are estimated (activations.py,
+temporaries.py), speeds are limits and a forecast (speed.py). No device is needed, nothing is
+allocated or compiled, and neither data nor weights nor this machine are looked at.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
 
 from sdx.config import resolve
-from sdx.config.errors import ConfigError, Problem
-from sdx.config.schema import Config, HardwareConfig, Platform
-from sdx.parallel.mesh import Device, claim_devices, make_mesh
-from sdx.training.program import Program, build
+from sdx.config.schema import Cache, Config, Platform
+from sdx.config.sizes import Size, image_sizes
+from sdx.planning import arrays
+from sdx.planning.arrays import Arrays
+from sdx.planning.host import HostBytes, host_bytes
+from sdx.planning.speed import Speed, Traffic, Work, speed_of, work_of
+from sdx.planning.temporaries import Share, StepBytes, encode_bytes, step_bytes
 
 GIB = 2**30
-VIRTUAL_DEVICES = 512  # can be claimed once a process, and a sweep plans many targets; 0.1 s
+MARGIN = 0.25
+"""Share of the temporaries that the estimate may be wrong by."""
+JAX_GPU_FRACTION = 0.75  # XLA_PYTHON_CLIENT_MEM_FRACTION's default (docs.jax.dev, GPU memory)
+TPU_RESERVED_GIB = 0.25  # v5e's 16 GiB are 15.75 to a program (XLA's own message)
+SHOWN_SIDES = (512, 768)
 
-Fits = Literal["no", "undecided", "unknown"]
-
-
-class PlanError(ValueError):
-    """This process cannot make as many virtual devices as the target has."""
+Fits = Literal["yes", "no", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -40,160 +42,199 @@ class Parameters:
 
 @dataclass(frozen=True)
 class DeviceBytes:
-    """What one device holds through a step, activations and temporaries left out."""
+    """What one device holds, as its platform stores it."""
 
     weights: int
     ema: int
     optimizer: int
     """Moments, and the counters of the state."""
-    gradients: int
-    """All at once, because their global norm decides whether the step counts; in the type of the
-    weights, though a compiler may hold what it computed in bfloat16 as that."""
     frozen: int
+    inputs: int
+    """A batch that is trained on, encoded, and the next one, which is placed meanwhile."""
+    step: StepBytes
+    """Estimated: temporaries of the update."""
+    encode: int
+    """Estimated: temporaries of encoding, which is over before the update begins."""
+
+    @property
+    def state(self) -> int:
+        """What a step is given and gives back; exact."""
+        return self.weights + self.ema + self.optimizer
+
+    @property
+    def resident(self) -> int:
+        """What lies there all the time; exact."""
+        return self.state + self.frozen + self.inputs
+
+    @property
+    def temporaries(self) -> int:
+        """Of the program that needs more."""
+        return max(self.step.total, self.encode)
 
     @property
     def total(self) -> int:
-        """The sum."""
-        return self.weights + self.ema + self.optimizer + self.gradients + self.frozen
+        """The most at a time."""
+        return self.resident + self.temporaries
 
 
 @dataclass(frozen=True)
 class Estimate:
     """One configuration on the hardware it names."""
 
-    model: str
-    hardware: str
+    config: Config
+    held: Arrays = field(repr=False, compare=False)
+    level: str
+    """XLA's optimisation level that the temporaries are estimated for."""
     num_devices: int
-    num_hosts: int
     mesh: dict[str, int]
     """Size of each axis."""
     parameters: Parameters
-    trains_text_encoder: bool
-    resolution: int
-    """Pixels on one side."""
+    image: Size
+    """Height and width of the largest training image."""
     global_batch_size: int
-    gradient_accumulation: int
     device_bytes: DeviceBytes
     sharded_share: float
     """Share of the state's bytes in arrays of which a device holds only a part."""
     checkpoint_bytes: int
     """The whole state, uncompressed."""
-    flops_per_step: float
-    """Of the model, forward and backward; recomputation not counted."""
-    hbm_bytes: int | None
-    """Memory of one device; None where the preset does not say."""
-    peak_tflops: float | None
+    work: Work
+    speed: Speed
+    host: HostBytes
 
     @property
     def per_device_batch_size(self) -> float:
         """Examples on each device in one micro-step, as in train.per_device_batch_size."""
-        return self.global_batch_size / self.num_devices / self.gradient_accumulation
+        pieces = self.config.train.gradient_accumulation
+        return self.global_batch_size / self.num_devices / pieces
 
     @property
-    def flops_per_device(self) -> float:
-        """Of one step."""
-        return self.flops_per_step / self.num_devices
+    def usable_bytes(self) -> int | None:
+        """What programs may have of a device's memory; None where the preset does not say."""
+        return usable_bytes(self.config)
 
     @property
-    def max_images_per_s(self) -> float | None:
-        """Images a second with every device at its peak, which no run reaches; None if unknown."""
-        if self.peak_tflops is None:
-            return None
-        return self.global_batch_size * self.peak_tflops * 1e12 / self.flops_per_device
+    def margin_bytes(self) -> int:
+        """How far the temporaries may be off."""
+        return int(MARGIN * self.device_bytes.temporaries)
 
-    @property
+    @cached_property
     def fits(self) -> Fits:
-        """`no` where these bytes alone are too many, `undecided` where activations decide."""
-        if self.hbm_bytes is None:
-            return "unknown"
-        return "no" if self.device_bytes.total > self.hbm_bytes else "undecided"
+        """`no` where the estimate is too much, `undecided` where its margin or an unknown memory
+        decides."""
+        if self.usable_bytes is None:
+            return "undecided"
+        spare = self.usable_bytes - self.device_bytes.total
+        if spare < 0:
+            return "no"
+        return "yes" if spare >= self.margin_bytes else "undecided"
 
 
-def estimate(config: Config) -> Estimate:
-    """What `config` needs on `config.hardware`; looks at neither data, weights nor this machine.
+def estimate(config: Config, level: str = "default") -> Estimate:
+    """What `config` needs on `config.hardware`, temporaries as XLA makes them at `level`.
 
-    Claims JAX for virtual CPU devices, so it belongs into a process that does nothing else. Raises
-    ConfigError where the number of devices is not given, PlanError where JAX has started with
-    fewer, MeshError or BatchError where mesh or batch do not fit the devices.
+    Of buckets the largest counts. Raises ConfigError where the number of devices is not given, and
+    BatchError where the batch does not split over them.
     """
-    mesh = _described_mesh(config)
-    # Where a decaying learning rate ends changes no size, so examples need not be known.
-    program = build(config, mesh, max_steps=resolve.max_steps(config, 1, mesh.size))
-    state, hardware = program.abstract_state, config.hardware
+    return complete(config, arrays.describe(config), level)
+
+
+def complete(config: Config, held: Arrays, level: str) -> Estimate:
+    """The estimate of `config`, whose state and frozen weights are known."""
+    size = max(image_sizes(config), key=lambda side: side[0] * side[1])
+    held = replace(held, batch=arrays.batch_of(config, held.mesh, held.global_batch_size, size))
+    found = device_bytes(config, held, size, level)
+    work = work_of(config, size)
+    checkpoint = arrays.whole(held.state)
+    networks = held.state.params | held.frozen
     return Estimate(
-        model=config.model.name,
-        hardware=hardware.name,
-        num_devices=mesh.size,
-        num_hosts=hardware.num_hosts,
-        mesh=dict(mesh.shape),
-        parameters=_parameters(program),
-        trains_text_encoder="text_encoder" in state.params,
-        resolution=resolve.resolution(config),
-        global_batch_size=program.global_batch_size,
-        gradient_accumulation=config.train.gradient_accumulation,
-        device_bytes=_device_bytes(program),
-        sharded_share=_sharded_share(state),
-        checkpoint_bytes=_whole_bytes(jax.tree.leaves(state)),
-        flops_per_step=program.flops_per_step,
-        hbm_bytes=None if hardware.hbm_gib is None else int(hardware.hbm_gib * GIB),
-        peak_tflops=hardware.peak_tflops,
+        config=config,
+        held=held,
+        level=level,
+        num_devices=held.mesh.size,
+        mesh=dict(held.mesh.shape),
+        parameters=Parameters(**{name: arrays.count(one) for name, one in networks.items()}),
+        image=size,
+        global_batch_size=held.global_batch_size,
+        device_bytes=found,
+        sharded_share=arrays.sharded_share(held.state),
+        checkpoint_bytes=checkpoint,
+        work=work,
+        speed=speed_of(config, work, held.global_batch_size, held.mesh.size, _traffic(found)),
+        host=host_bytes(
+            config,
+            networks=arrays.whole(networks),
+            checkpoint=checkpoint,
+            batch=arrays.whole(held.batch),
+            num_devices=held.mesh.size,
+        ),
     )
 
 
-def _described_mesh(config: Config) -> Mesh:
-    """The mesh of the target over virtual devices of this machine."""
+def at_side(found: Estimate, side: int) -> Estimate:
+    """The same run on square images of that side."""
+    data = replace(found.config.data, resolution=side, buckets=False)
+    return complete(replace(found.config, data=data), found.held, found.level)
+
+
+def usable_bytes(config: Config) -> int | None:
+    """What programs may have of one device's memory."""
     hardware = config.hardware
-    if hardware.num_devices is None:
-        rule = f"missing, hardware={hardware.name} is whatever is found where it runs"
-        fix = "give hardware.num_devices=N, or a preset that says"
-        raise ConfigError([Problem("hardware.num_devices", None, rule, fix)])
-    virtual = replace(hardware, platform=Platform.cpu, device_kind=None)
-    return make_mesh(config.mesh, virtual, _virtual_devices(virtual, hardware.num_devices))
+    if hardware.hbm_gib is None:
+        return None
+    if hardware.platform is Platform.gpu:
+        return int(hardware.hbm_gib * GIB * (config.xla.memory_fraction or JAX_GPU_FRACTION))
+    reserved = TPU_RESERVED_GIB if hardware.platform is Platform.tpu else 0
+    return int((hardware.hbm_gib - reserved) * GIB)
 
 
-def _virtual_devices(hardware: HardwareConfig, count: int) -> Sequence[Device]:
-    claim_devices(replace(hardware, num_devices=max(count, VIRTUAL_DEVICES)))
-    found = jax.devices("cpu")
-    if len(found) < count:
-        raise PlanError(
-            f"hardware.num_devices={count}: JAX has started in this process with {len(found)} CPU "
-            "devices; plan in a process of its own."
-        )
-    return found[:count]
-
-
-def _parameters(program: Program) -> Parameters:
-    def count(tree: Any) -> int:
-        return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-    networks = program.abstract_state.params | program.abstract_frozen
-    return Parameters(**{name: count(params) for name, params in networks.items()})
-
-
-def _device_bytes(program: Program) -> DeviceBytes:
-    state = program.abstract_state
-    weights, ema = _bytes_on_a_device(state.params), _bytes_on_a_device(state.ema)
+def device_bytes(config: Config, held: Arrays, size: Size, level: str) -> DeviceBytes:
+    """What one device holds for images of `size`."""
+    platform, state = config.hardware.platform, held.state
+    weights = arrays.on_a_device(state.params, platform)
+    ema = arrays.on_a_device(state.ema, platform)
+    share = _share(config, held)
+    latents = (size[0] // resolve.vae_factor(config), size[1] // resolve.vae_factor(config))
+    encodes = config.data.cache is Cache.none
     return DeviceBytes(
         weights=weights,
         ema=ema,
-        optimizer=_bytes_on_a_device(state) - weights - ema,
-        gradients=weights,  # in the type and place of the weights
-        frozen=_bytes_on_a_device(program.abstract_frozen),
+        optimizer=arrays.on_a_device(state, platform) - weights - ema,
+        frozen=arrays.on_a_device(held.frozen, platform),
+        inputs=_input_bytes(config, held, latents),
+        step=step_bytes(config, latents, share, arrays.trained_weights(state), level),
+        encode=encode_bytes(config, size, share, level) if encodes else 0,
     )
 
 
-def _bytes_on_a_device(tree: Any) -> int:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
+def _share(config: Config, held: Arrays) -> Share:
+    images = held.global_batch_size / (held.mesh.shape["data"] * held.mesh.shape["fsdp"])
+    return Share(
+        micro_batch=images / config.train.gradient_accumulation,
+        images=images,
+        tensor=held.mesh.shape["tensor"],
     )
 
 
-def _sharded_share(state: Any) -> float:
-    leaves = jax.tree.leaves(state)
-    split = [leaf for leaf in leaves if leaf.sharding.shard_shape(leaf.shape) != leaf.shape]
-    return _whole_bytes(split) / _whole_bytes(leaves)
+def _input_bytes(config: Config, held: Arrays, latents: tuple[int, int]) -> int:
+    """Two batches as they are placed, and one as `encode` hands it on."""
+    model, rows = config.model, held.global_batch_size
+    text = model.text_encoder
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        place = held.batch.weights.sharding
+        return jax.ShapeDtypeStruct((rows, *shape), jnp.float32, sharding=place)
+
+    moments = array(*latents, 2 * model.vae.latent_channels)
+    width = () if config.train.text_encoder else (text.hidden_size,)
+    encoded = [moments, array(text.max_position_embeddings, *width)]
+    platform = config.hardware.platform
+    placed = arrays.on_a_device(held.batch, platform)
+    return 2 * placed + arrays.on_a_device(encoded, platform)
 
 
-def _whole_bytes(leaves: Sequence[Any]) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+def _traffic(held: DeviceBytes) -> Traffic:
+    """What a device must move at least: state read and written, gradients and what is kept written
+    and read, the frozen weights read."""
+    return Traffic(
+        once=2 * (held.state + held.step.gradients) + held.frozen, again=2 * held.step.activations
+    )
