@@ -34,6 +34,7 @@ NEEDS = {
     ("mesh", "fsdp_tensor"): ["hardware=gpu_h100_8"],
     ("xla", "gpu"): ["hardware=gpu_h100_8"],
     ("xla", "gpu_deterministic"): ["hardware=gpu_h100_8"],
+    ("xla", "tpu"): ["hardware=tpu_v4_8"],
     ("xla", "tpu_multislice"): ["hardware=tpu_v4_32x2"],
     ("xla", "tpu_v5p"): ["hardware=tpu_v5p_8"],
 }
