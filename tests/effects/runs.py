@@ -26,6 +26,7 @@ from sdx.experiment import gallery as galleries
 from sdx.experiment.attempt import Attempt
 from sdx.experiment.run import run
 from sdx.experiment.setup import prepare, run_paths
+from sdx.parallel.xla_flags import FRACTION
 from sdx.record.metrics import read_metrics
 from sdx.record.paths import RunPaths
 from sdx.training import profile, wandb_sink
@@ -139,6 +140,7 @@ def finished(case: Case) -> Finished:
         patch.setattr(Evaluator, "__call__", rising)
         patch.setattr(exporting, "publish", upload)
         patch.setattr(setup, "check_can_publish", lambda hub_id: None)
+        patch.setenv(FRACTION, "0.5")  # means nothing on a CPU; it is to be found in run.json
         with recorded() as found.reads:
             code = run(case.config, case.overrides)
     found.output = said.getvalue()

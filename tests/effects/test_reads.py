@@ -9,6 +9,7 @@ from sdx.planning.estimate import estimate
 from sdx.planning.report import render
 from tests.effects.data import source
 from tests.effects.effect import Case
+from tests.effects.flags import environment
 from tests.effects.kernels import long_attention
 from tests.effects.reads import recorded
 from tests.effects.runs import CHANGED, FORK, PLAIN, finished, wandb_run
@@ -39,6 +40,7 @@ def test_every_key_is_read(case: Callable[[Sequence[str]], Case]) -> None:
     for overrides in STARTS:
         with recorded() as found:
             start = case([*overrides, "run.name=start"])  # a case of its own
+            environment(start)
             render(estimate(start.config))
             assert len(source(start)) > 0 and long_attention(start) and wandb_run(start)
             assert [rate(jnp.int32(0)) for rate in start.program.rule.rates.values()]
