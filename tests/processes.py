@@ -77,8 +77,9 @@ class Processes:
     def _read(self, number: int) -> None:
         pipe = self.running[number].stdout
         assert pipe is not None
-        for line in pipe:
-            self._said[number].append(line)
+        with pipe:
+            for line in pipe:
+                self._said[number].append(line)
 
 
 @contextmanager
@@ -122,6 +123,7 @@ def started(
             )
         processes = Processes(running)
         yield processes
+        processes.end(0)
     finally:
         for process in running:
             if process.poll() is None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import jax
 from jax._src import cloud_tpu_init, clusters  # what knows a TPU's metadata; it has no public name
 
-from sdx.config.schema import DistributedConfig, HardwareConfig
+from sdx.config.schema import DistributedConfig, HardwareConfig, Platform
 from sdx.parallel.failures import EXIT_FAILED, Companions, Failure
 from sdx.parallel.place import Place, ProcessesError, find_place
 
@@ -48,12 +48,25 @@ def start_processes(
             heartbeat_timeout_seconds=2 * distributed.heartbeat_timeout_s + 5,
             shutdown_timeout_seconds=distributed.shutdown_timeout_s,
         )
+    if hardware.platform is Platform.cpu or hardware.simulate:
+        _silence_gloo()
     return Companions(
         place.process_id,
         place.num_processes,
         heartbeat_timeout_s=distributed.heartbeat_timeout_s - 1,  # all are to be gone by then
         on_failure=on_failure,
     )
+
+
+def _silence_gloo() -> None:
+    """Keeps what C++ prints to standard output from the user: Gloo, which joins CPUs, has a line
+    there for each device and each group of them. Python's own goes where it went."""
+    sys.stdout.flush()
+    ours = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    sys.stdout = open(ours, "w", encoding=sys.stdout.encoding, errors="replace", buffering=1)
 
 
 def _tpu_place(timeout_s: int) -> Place | None:

@@ -10,6 +10,7 @@ reason).
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -27,7 +28,11 @@ from sdx.parallel.agreement import gather
 
 EXIT_FAILED = 1
 _EVERY_S = 0.5
-_RECORD_S, _LEAVE_S = 10.0, 10.0  # for writing the record, and for the others to have seen it
+_RECORD_S, _LEAVE_S = 10.0, 5.0  # for writing the record, and for the others to have seen it
+# How collectives end where another process is gone: that one, not this, is what the user looks for.
+_CONSEQUENCE = re.compile(
+    r"gloo|nccl|rccl|connection (reset|closed)|socket closed|broken pipe", re.I
+)
 _MOST_CHARACTERS = 20_000  # of a traceback
 _FAILURE, _ALIVE, _LEFT = "sdx/failure/", "sdx/alive/", "sdx/left/"  # folders of keys
 
@@ -88,13 +93,16 @@ class Companions:
     def fail(self, exit_code: int, reason: str, *, trace: str = "") -> int:
         """Ends all processes with `exit_code`, the reason on record; alone, returns it.
 
-        Where another process failed before, this one's error is but a consequence, and not shown.
+        Where another process failed before, this one's error is but a consequence, and not shown;
+        an error of the network between them is told only when none is found to be dead.
         """
         host, trace = socket.gethostname(), trace[-_MOST_CHARACTERS:]
         failure = Failure(self._id, self._count, host, exit_code, reason, trace)
         if not self.are_many:
             self._on_failure(failure)
             return exit_code
+        if _CONSEQUENCE.search(reason):
+            time.sleep(self._patience_s + 4 * _EVERY_S)  # the watcher ends us meanwhile
         try:
             _tell(failure)
         except Exception:  # there is one already, or the service is gone: the watcher ends us

@@ -1,0 +1,99 @@
+"""Two real processes: signals and errors of one end both, at the same step or with its reason."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.processes import Ended, Processes, started
+
+LOOP = ["-m", "tests.parallel.loop"]
+NO_STACK = "Check failure stack trace"  # of C++, which would bury the reason
+
+
+@contextmanager
+def looping(*options: str, num_ready: int = 2) -> Iterator[Processes]:
+    """Two processes in the middle of their steps."""
+    with started([*LOOP, *options]) as processes:
+        for number in range(num_ready):
+            processes.wait_until_said(number, "ready")
+        yield processes
+
+
+def ended(processes: Processes, within_s: float) -> Ended:
+    """Both, each by itself."""
+    begin = time.monotonic()
+    result = processes.end(within_s + 5)
+    assert time.monotonic() - begin < within_s, result
+    return result
+
+
+@pytest.mark.parametrize(("number", "sent"), [(1, signal.SIGTERM), (0, signal.SIGUSR2)])
+def test_a_signal_to_one_stops_both_before_the_same_step(number: int, sent: signal.Signals) -> None:
+    with looping() as processes:
+        processes.send(number, sent)
+        result = ended(processes, 15)
+    assert result.codes == [75, 75], result
+    stopped = [text.partition("stopped before ")[2].split("\n")[0] for text in result.outputs]
+    assert stopped[0].startswith("step ") and stopped[0] == stopped[1], result
+    assert f"{sent.name}: stopped" in result.outputs[number], result
+    assert NO_STACK not in str(result)
+    assert "[Gloo]" not in str(result)
+
+
+def test_a_signal_while_one_compiles_ends_both_at_once() -> None:
+    with looping("compile=1") as processes:
+        processes.wait_until_said(1, "compiling")
+        processes.send(0, signal.SIGTERM)  # which waits for the other in a collective
+        result = ended(processes, 15)
+    assert result.codes == [75, 75], result
+    assert "interrupted" in result.outputs[0], result
+
+
+def test_an_error_of_one_ends_both_with_its_traceback() -> None:
+    with started([*LOOP, "raise=1@5"]) as processes:
+        processes.wait_until_said(0, "ready")
+        result = ended(processes, 30)
+    assert result.codes == [1, 1], result
+    first = result.outputs[0]
+    assert "in steps\n    raise OSError" in first, result
+    assert "failed: process 1 of 2 on " in first and "OSError: the disk is gone" in first, result
+    assert "the disk is gone" in result.outputs[1], result
+    assert NO_STACK not in str(result)
+
+
+def test_an_error_of_the_first_ends_both() -> None:
+    with started([*LOOP, "raise=0@5"]) as processes:
+        processes.wait_until_said(1, "ready")
+        result = ended(processes, 30)
+    assert result.codes == [1, 1], result
+    assert "failed: OSError: the disk is gone" in result.outputs[0], result
+    assert "ended with the whole run: OSError: the disk is gone" in result.outputs[1], result
+
+
+def test_the_death_of_one_ends_the_other_within_the_heartbeat() -> None:
+    with looping("heartbeat=5") as processes:
+        processes.send(1, signal.SIGKILL)
+        result = ended(processes, 8)
+    assert result.codes == [1, -signal.SIGKILL], result
+    assert "failed: process 1 of 2 on " in result.outputs[0], result
+    assert "no sign of life for 4 s" in result.outputs[0], result
+    assert NO_STACK not in str(result)
+
+
+def test_the_death_of_the_first_ends_the_other_at_once() -> None:
+    with looping("heartbeat=60") as processes:
+        processes.send(0, signal.SIGKILL)
+        result = ended(processes, 15)
+    assert result.codes[0] == -signal.SIGKILL and result.codes[1] not in (0, 75), result
+
+
+def test_a_process_that_does_not_come_is_told_of() -> None:
+    with started([*LOOP, "initialization=2"], num_processes=2) as processes:
+        processes.running[1].kill()
+        result = ended(processes, 15)
+    assert result.codes[0] == 1, result
+    assert "sdx: process 0 of 2 waited 2 s" in result.outputs[0], result
+    assert NO_STACK not in result.outputs[0]
