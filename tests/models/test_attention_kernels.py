@@ -1,5 +1,6 @@
 """Kernels of accelerators against the plain products; what runs where. Numbers come from Pallas'
-interpreter on CPU, and that TPUs take the kernels from their lowering: none of it ran on one."""
+interpreter on CPU, and that TPUs take the kernels from their lowering (test_attention_tpu.py
+compiles them): none of it ran on one."""
 
 import contextlib
 from collections.abc import Callable
