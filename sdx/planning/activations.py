@@ -224,7 +224,7 @@ def _self_attention(sizes: _Sizes, pixels: int, heads: int, head_dim: int) -> tu
     """What the function of attention keeps beside its operands, and what its backward passes."""
     rows = heads * pixels / sizes.tensor
     if not sizes.takes(pixels, head_dim):
-        return rows * pixels * (FLOAT + sizes.width), rows * pixels * 2 * FLOAT
+        return rows * pixels * (FLOAT + sizes.width), 0.0
     if not sizes.is_tpu:
         return rows * FLOAT, rows * head_dim * FLOAT
     row = LANES * FLOAT

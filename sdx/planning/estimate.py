@@ -49,8 +49,10 @@ class DeviceBytes:
     optimizer: int
     """Moments, and the counters of the state."""
     frozen: int
-    inputs: int
-    """A batch that is trained on, encoded, and the next one, which is placed meanwhile."""
+    placed: int
+    """A batch that is trained on, and the next one, which is placed meanwhile."""
+    encoded: int
+    """What `encode` hands to `step`."""
     step: StepBytes
     """Estimated: temporaries of the update."""
     encode: int
@@ -60,6 +62,11 @@ class DeviceBytes:
     def state(self) -> int:
         """What a step is given and gives back; exact."""
         return self.weights + self.ema + self.optimizer
+
+    @property
+    def inputs(self) -> int:
+        """All that a batch takes."""
+        return self.placed + self.encoded
 
     @property
     def resident(self) -> int:
@@ -200,7 +207,8 @@ def device_bytes(config: Config, held: Arrays, size: Size, level: str) -> Device
         ema=ema,
         optimizer=arrays.on_a_device(state, platform) - weights - ema,
         frozen=arrays.on_a_device(held.frozen, platform),
-        inputs=_input_bytes(config, held, latents),
+        placed=2 * arrays.on_a_device(held.batch, platform),
+        encoded=_encoded_bytes(config, held, latents),
         step=step_bytes(config, latents, share, arrays.trained_weights(state), level),
         encode=encode_bytes(config, size, share, level) if encodes else 0,
     )
@@ -215,21 +223,18 @@ def _share(config: Config, held: Arrays) -> Share:
     )
 
 
-def _input_bytes(config: Config, held: Arrays, latents: tuple[int, int]) -> int:
-    """Two batches as they are placed, and one as `encode` hands it on."""
+def _encoded_bytes(config: Config, held: Arrays, latents: tuple[int, int]) -> int:
+    """Moments, and text states or, where the text encoder is trained, tokens."""
     model, rows = config.model, held.global_batch_size
-    text = model.text_encoder
+    text, place = model.text_encoder, held.batch.weights.sharding
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
-        place = held.batch.weights.sharding
         return jax.ShapeDtypeStruct((rows, *shape), jnp.float32, sharding=place)
 
     moments = array(*latents, 2 * model.vae.latent_channels)
     width = () if config.train.text_encoder else (text.hidden_size,)
-    encoded = [moments, array(text.max_position_embeddings, *width)]
-    platform = config.hardware.platform
-    placed = arrays.on_a_device(held.batch, platform)
-    return 2 * placed + arrays.on_a_device(encoded, platform)
+    captions = array(text.max_position_embeddings, *width)
+    return arrays.on_a_device((moments, captions), config.hardware.platform)
 
 
 def _traffic(held: DeviceBytes) -> Traffic:
