@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import jax
 from jax.sharding import Mesh
 
 from sdx.config import resolve
@@ -41,7 +40,9 @@ from sdx.experiment.caching import cache_folder, context_key, moments_key, num_v
 from sdx.experiment.compilation_cache import heal_compilation_cache, use_compilation_cache
 from sdx.experiment.encoding.encoder import image_encoder, local_mesh, token_encoder
 from sdx.experiment.encoding.writing import Interrupted, write_context, write_moments
+from sdx.experiment.hosts import check_same_facts, check_same_folder, only_first_speaks
 from sdx.experiment.setup import REFUSALS, check_weights, open_tokenizer, open_weights
+from sdx.parallel.agreement import from_first, is_first, process_count, process_index
 from sdx.parallel.distributed import start_processes
 from sdx.parallel.failures import Companions, Failure
 from sdx.parallel.mesh import claim_devices, make_mesh
@@ -96,7 +97,7 @@ class Target:
     @property
     def own(self) -> range:
         """The shards of this process."""
-        return range(jax.process_index(), self.num_shards, jax.process_count())
+        return range(process_index(), self.num_shards, process_count())
 
 
 def encode(config: Config, overrides: Sequence[str]) -> int:
@@ -120,7 +121,7 @@ def encode(config: Config, overrides: Sequence[str]) -> int:
         except ProcessesError as error:
             print(f"sdx: {error}", file=sys.stderr)
             return REFUSED
-        with companions:
+        with companions, only_first_speaks():
             return _started(config, overrides, stop, companions)
 
 
@@ -130,7 +131,10 @@ def _started(
     """All but how processes begin and end."""
     try:
         with stop.compiling():  # scanning a folder of images can take minutes
+            check_same_folder(cache_folder(config), "data.cache_dir")
             job = prepare(config)
+            examples = f"{len(job.source)} examples, fingerprint {job.source.fingerprint}"
+            check_same_facts({"data": examples, "the cache": job.key.name})
         with _locked(job.folder / job.key.name):
             return _attempt(job, overrides, stop)
     except EncodingFailed as error:
@@ -307,7 +311,7 @@ def _pending(
 ) -> list[int]:
     """This process's shards that are not there, or not whole, or outdated."""
     target.folder.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0 and not (target.folder / "meta.json").is_file():
+    if is_first() and not (target.folder / "meta.json").is_file():
         made = {"at": now(), "overrides": [*overrides], "git_commit": git_commit()}
         meta = {"format": FORMAT, "kind": target.key.kind, "key": dict(target.key.parts)}
         write_json(target.folder / "meta.json", {**meta, "made": made})
@@ -369,7 +373,7 @@ def _conclude(config: Config, target: Target, stop: StopFlag) -> None:
         target.shape,
         tuple(shards[number] for number in range(target.num_shards)),
     )
-    if jax.process_index() == 0:
+    if is_first():
         if _index_there(target.folder) != index:
             write_json(target.folder / "index.json", index.to_json())
         return
@@ -406,12 +410,17 @@ def _look_again(stop: StopFlag) -> None:
 @contextmanager
 def _locked(folder: AnyPath) -> Iterator[None]:
     """The folder for this command alone: its first process holds the lock for all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() != 0:
+    lock = RunLock(folder / "lock.json")
+
+    def take() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+
+    from_first(take, (RunLocked,))
+    try:
         yield
-        return
-    with RunLock(folder / "lock.json"):
-        yield
+    finally:
+        lock.release()
 
 
 class _Progress:
