@@ -20,6 +20,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 COPIED = ("sdx", "conf", "tests", "pyproject.toml")
+FLAGS = "tests/parallel/test_xla_flags.py"
 FORWARD = "tests/parity/test_forward.py"
 GRADIENTS = "tests/parity/test_training.py::test_gradients_of_every_parameter"
 PIPELINE = "tests/test_pipeline.py"
@@ -321,6 +322,39 @@ MUTATIONS = (
         "self._products / (self.count - 1)",
         "self._products / self.count",
         ("tests/scores/test_frechet.py",),
+    ),
+    Mutation(
+        "JAX reads the environment before the compiler flags are in it",
+        "sdx/train.py",
+        """    set_flags(config.xla, config.hardware, config.run.compilation_cache_dir)
+    from sdx.experiment import run as experiment
+""",
+        """    from sdx.experiment import run as experiment
+
+    set_flags(config.xla, config.hardware, config.run.compilation_cache_dir)
+""",
+        (f"{FLAGS}::test_commands_set_flags_before_they_import_jax",),
+    ),
+    Mutation(
+        "the configuration's flags win over those a person set in the environment",
+        "sdx/parallel/xla_flags.py",
+        'return " ".join([*ours, theirs] if theirs else ours)',
+        'return " ".join([theirs, *flags] if theirs else flags)',
+        (f"{FLAGS}::test_what_the_environment_names_too_gives_way_and_is_told",),
+    ),
+    Mutation(
+        "flags that were tried with one release are taken for good with the next",
+        "sdx/parallel/flag_probe.py",
+        'told = f"{compiler.package} {compiler.version} {text}"',
+        'told = f"{compiler.package} {text}"',
+        (f"{FLAGS}::test_good_flags_are_tried_once",),
+    ),
+    Mutation(
+        "v4 is described with a device for each of its cores",
+        "conf/hardware/tpu_v4_32.yaml",
+        "  chip_config: megacore\n",
+        "",
+        ("tests/planning/test_presets.py",),
     ),
 )
 

@@ -3,8 +3,9 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
@@ -13,8 +14,6 @@ from sdx import encode, train
 from sdx.config.errors import ConfigError
 from sdx.config.folders import CONF
 from sdx.config.schema import Config, HardwareConfig, Platform, XlaConfig
-from sdx.experiment import run as experiment
-from sdx.experiment.encoding import encoding
 from sdx.parallel import flag_probe, xla_flags
 from sdx.parallel.flag_probe import JAXLIB, LIBTPU, BadFlag, Compiler, ProbeFailed, bad_flags
 from sdx.parallel.xla_flags import FRACTION, OLD_FRACTION, VARIABLES, flags_in_force, set_flags
@@ -197,17 +196,23 @@ def test_the_command_refuses_unknown_flags_and_says_whose_they_are(
     assert not (tmp_path / "runs").exists()
 
 
+class Package(ModuleType):
+    """What a command imports its body from; that imports JAX."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        assert flags_in_force() == {"XLA_FLAGS": FAST}
+        return SimpleNamespace(run=lambda *_: 7, encode=lambda *_: 7)
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    ("command", "body"), [(train.train, (experiment, "run")), (encode.encode, (encoding, "encode"))]
+    ("command", "package"),
+    [(train.train, "sdx.experiment"), (encode.encode, "sdx.experiment.encoding")],
 )
-def test_commands_set_flags_before_their_body(
-    command: object, body: tuple[object, str], trusting: pytest.MonkeyPatch
+def test_commands_set_flags_before_they_import_jax(
+    command: Callable[[Config, list[str]], int], package: str, trusting: pytest.MonkeyPatch
 ) -> None:
-    def body_of_it(config: Config, overrides: list[str]) -> int:
-        assert flags_in_force() == {"XLA_FLAGS": FAST}
-        return 7
-
-    trusting.setattr(*body, body_of_it)
-    assert callable(command)
+    trusting.setitem(sys.modules, package, Package(package))
     assert command(quick([f"xla.flags=['{FAST}']"]), []) == 7
