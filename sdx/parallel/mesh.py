@@ -150,9 +150,10 @@ def _as_found(hardware: HardwareConfig, devices: Sequence[Device]) -> HardwareCo
 
 
 def _found(hardware: HardwareConfig) -> list[Device]:
-    """The devices JAX has; on CPU as many of them as asked for, since there they are virtual."""
+    """The devices JAX has; of virtual ones as many as asked for."""
     devices = jax.devices()
-    if hardware.platform is Platform.cpu and devices[0].platform == "cpu":
+    is_virtual = hardware.platform is Platform.cpu or hardware.simulate
+    if is_virtual and devices[0].platform == "cpu":
         return devices[: hardware.num_devices or 1]
     return devices
 
@@ -175,8 +176,15 @@ def _check_devices(hardware: HardwareConfig, devices: Sequence[Device]) -> Seque
             f"hardware={hardware.name} does not describe this machine:\n"
             + "\n".join(lines)
             + f"\nallowed here: {found.platform} with {len(devices)} x {found.device_kind}."
-            + "\nfix: pick the hardware=... of this machine; "
+            + f"\nfix: pick the hardware=... of this machine{_another_name(faults)}; "
             + f"`python -m sdx.plan hardware={hardware.name} ...` says whether it would fit there, "
             + "and run_on=... starts it there (this version has run_on=local alone)."
         )
     return devices
+
+
+def _another_name(faults: Sequence[tuple[str, object, object]]) -> str:
+    """What to type where nothing but the name of the chip differs."""
+    if [key for key, _, _ in faults] != ["device_kind"]:
+        return ""
+    return f", or 'hardware.device_kind=\"{faults[0][1]}\"' if that is as fast"

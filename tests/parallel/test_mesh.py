@@ -175,6 +175,12 @@ def test_another_machine_is_an_error_that_says_what_to_do() -> None:
         assert part in message
 
 
+def test_a_chip_under_another_name_can_be_allowed_by_it() -> None:
+    hardware = HardwareConfig("it", Platform.cpu, device_kind="card", num_devices=8)
+    with pytest.raises(MeshError, match="or 'hardware.device_kind=\"cpu\"' if that is as fast;"):
+        make_mesh(MeshConfig(ici=MeshAxes()), hardware)
+
+
 def test_a_rehearsal_takes_virtual_devices_for_others() -> None:
     hardware = HardwareConfig(
         name="tpu_v4_16",
