@@ -9,6 +9,7 @@ from sdx.config.schema import Config, Platform
 
 FLAG = re.compile(r"--(\w+)=\S+")
 """A compiler flag, and its name."""
+_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):\d{1,5}")
 _TOPOLOGY = re.compile(r"\w+:(\d+(?:x\d+){1,2})")
 _LIBTPU = ("xla_tpu_", "xla_jf_", "xla_sc_")  # in XLA_FLAGS they end the process, even on a TPU
 
@@ -38,6 +39,8 @@ def hardware_problems(config: Config) -> Iterator[Problem]:
     yield from _tpu_alone(config)
     yield from _topology(config)
     yield from _flags(config)
+    yield from _processes(config)
+    yield from _rehearsal(config)
 
 
 def _counts(config: Config) -> Iterator[Problem]:
@@ -105,6 +108,34 @@ def _flags(config: Config) -> Iterator[Problem]:
         rule = f"are flags for TPUs, hardware={name} is {platform.name}"
         got = f"[{config.xla.libtpu_args[0]}, …]"
         yield Problem("xla.libtpu_args", got, rule, "use xla=none, or a set for it")
+
+
+def _processes(config: Config) -> Iterator[Problem]:
+    """Who a process is comes whole or not at all; an address alone stands for the one found."""
+    given = config.distributed
+    address, count, number = given.coordinator_address, given.num_processes, given.process_id
+    missing = {
+        "distributed.coordinator_address": address,
+        "distributed.num_processes": count,
+        "distributed.process_id": number,
+    }
+    if (count, number) != (None, None):
+        for path in [path for path, got in missing.items() if got is None]:
+            fix = "or leave all three out where SLURM or a TPU knows them"
+            yield Problem(path, "null", "missing, a process needs its number and theirs", fix)
+    if address is not None and not _ADDRESS.fullmatch(address):
+        rule = "must be HOST:PORT of process 0, as every host reaches it"
+        yield Problem("distributed.coordinator_address", address, rule)
+    if count is not None and number is not None and number >= count:
+        rule = f"must be below distributed.num_processes={count}, they are numbered from 0"
+        yield Problem("distributed.process_id", str(number), rule)
+
+
+def _rehearsal(config: Config) -> Iterator[Problem]:
+    if config.hardware.simulate and config.hardware.num_devices is None:
+        rule = f"hardware={config.hardware.name} does not say how many devices to stand for"
+        fix = "give hardware.num_devices, or a preset such as hardware=tpu_v4_32"
+        yield Problem("hardware.simulate", "true", rule, fix)
 
 
 def _spelling(path: str, flags: list[str]) -> Iterator[Problem]:

@@ -658,7 +658,7 @@ class DistributedConfig:
         100,
         "A process that gave no sign of life for so long is dead, and the run ends.",
         unit="seconds",
-        at_least=1,
+        at_least=5,
         identity=False,
     )
     shutdown_timeout_s: int = option(

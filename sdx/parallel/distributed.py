@@ -53,7 +53,7 @@ def start_processes(
     return Companions(
         place.process_id,
         place.num_processes,
-        heartbeat_timeout_s=distributed.heartbeat_timeout_s - 1,  # all are to be gone by then
+        heartbeat_timeout_s=distributed.heartbeat_timeout_s - 1.0,  # all are to be gone by then
         on_failure=on_failure,
     )
 

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 from jax._src import distributed
 
 from sdx.parallel.agreement import gather
+from sdx.parallel.place import ENDED_WITH_RUN
 
 EXIT_FAILED = 1
 _EVERY_S = 0.5
@@ -70,7 +71,7 @@ class Companions:
         process_id: int = 0,
         num_processes: int = 1,
         *,
-        heartbeat_timeout_s: float = 100,
+        heartbeat_timeout_s: float = 100.0,
         on_failure: Callable[[Failure], None] = lambda failure: None,
     ):
         """`on_failure` is called once, in the first process, from any thread: it shows why and
@@ -176,7 +177,7 @@ class Companions:
         if self._id == 0:
             within(_RECORD_S, lambda: self._on_failure(failure))
         else:
-            print(f"sdx: ended with the whole run: {failure.said}", file=sys.stderr)
+            print(f"{ENDED_WITH_RUN}: {failure.said}", file=sys.stderr)
         self._leave(failure.exit_code)
 
     def _leave(self, exit_code: int) -> NoReturn:

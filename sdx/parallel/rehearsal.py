@@ -22,6 +22,7 @@ from types import FrameType
 
 from sdx.config.compose import to_yaml
 from sdx.config.schema import Config
+from sdx.parallel.place import ENDED_WITH_RUN
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 75
 _PARENT, _TYPED = "SDX_REHEARSAL_PIPE", "SDX_REHEARSAL_OVERRIDES"
@@ -165,9 +166,11 @@ class _Hosts:
         )
 
     def _show_logs(self, codes: dict[int, int]) -> None:
+        """The last lines of processes that failed, not of those that ended because of them."""
         for number, log in enumerate(self._logs[1:], start=1):
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-            if lines and codes[number]:
+            followed = any(line.startswith(ENDED_WITH_RUN) for line in lines)
+            if lines and codes[number] and not followed:
                 print(f"--- process {number} of {len(self._logs)}, exit code {codes[number]}:")
                 print("\n".join(lines[-_MOST_LINES:]), flush=True)
 

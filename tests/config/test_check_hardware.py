@@ -44,6 +44,27 @@ RULES = {
         "hardware=tpu hardware.chip_config=megacore",
         "hardware.chip_config=megacore: has no effect here; it needs hardware.topology.",
     ),
+    "a process without its number": (
+        "hardware.num_devices=2 mesh=dp distributed.coordinator_address=h:1 distributed.num_processes=2",
+        "distributed.process_id=null: missing, a process needs its number and theirs; or leave all"
+        " three out where SLURM or a TPU knows them.",
+    ),
+    "a number above theirs": (
+        "hardware.num_devices=2 mesh=dp distributed.coordinator_address=h:1 distributed.num_processes=2"
+        " distributed.process_id=2",
+        "distributed.process_id=2: must be below distributed.num_processes=2, they are numbered"
+        " from 0.",
+    ),
+    "an address without a port": (
+        "distributed.coordinator_address=host",
+        "distributed.coordinator_address=host: must be HOST:PORT of process 0, as every host"
+        " reaches it.",
+    ),
+    "a rehearsal of an unknown number": (
+        "hardware=tpu hardware.simulate=true train.global_batch_size=4",
+        "hardware.simulate=true: hardware=tpu does not say how many devices to stand for; give"
+        " hardware.num_devices, or a preset such as hardware=tpu_v4_32.",
+    ),
     "flag without a value": (
         "hardware=gpu xla.flags=['--xla_gpu_deterministic_ops']",
         "xla.flags=--xla_gpu_deterministic_ops: must be --NAME=VALUE, without spaces.",

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 
 from sdx.config.leaves import leaves
-from sdx.planning.estimate import estimate
+from sdx.experiment.planning import make_plan
 from sdx.planning.report import render
 from tests.effects.data import source
 from tests.effects.effect import Case
 from tests.effects.flags import environment
 from tests.effects.kernels import long_attention
+from tests.effects.processes import GIVEN, joined
 from tests.effects.reads import recorded
 from tests.effects.runs import CHANGED, FORK, PLAIN, finished, wandb_run
 
@@ -28,6 +29,7 @@ STARTS = (
     ("data=huggingface", "data.dir={files}/tables", "data.config=large"),
     ("data=plugin", "data.plugin=one"),
     ("hardware.platform=tpu", "attention=splash"),
+    GIVEN,
 )
 ELSEWHERE = {
     "schema_version": "read from the saved file, before there is a configuration",
@@ -41,7 +43,8 @@ def test_every_key_is_read(case: Callable[[Sequence[str]], Case]) -> None:
         with recorded() as found:
             start = case([*overrides, "run.name=start"])  # a case of its own
             environment(start)
-            render(estimate(start.config))
+            joined(start)
+            render(make_plan(start.config, compiles=False, level="O0"))
             assert len(source(start)) > 0 and long_attention(start) and wandb_run(start)
             assert [rate(jnp.int32(0)) for rate in start.program.rule.rates.values()]
         read |= found
