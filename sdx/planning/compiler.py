@@ -16,12 +16,19 @@ from jax.stages import Compiled, Lowered
 
 from sdx.config import resolve
 from sdx.config.schema import AttentionKind, Config, Platform
-from sdx.parallel.mesh import claim_devices, make_mesh
+from sdx.parallel.mesh import MeshError, claim_devices, make_mesh
 from sdx.planning.collectives import collectives
 from sdx.planning.compiled import CompiledProgram, CompiledReport, Overflow, ProgramBytes
-from sdx.planning.topology import check_described, described_devices, has_compiler
-from sdx.training.program import build
+from sdx.planning.topology import (
+    CompilerMissing,
+    TopologyError,
+    check_described,
+    described_devices,
+    has_compiler,
+)
+from sdx.training.program import BatchError, build
 
+REFUSALS = (BatchError, CompilerMissing, MeshError, TopologyError)
 NAMES = ("encode", "step")
 # XLA's scale of effort (jax/_src/config.py, EffortLevel). Given as an option of one compilation it
 # does not outlast it, which JAX's setting jax_optimization_level does.
@@ -58,7 +65,7 @@ def compile_here(config: Config, level: str) -> CompiledReport:
     start = time.perf_counter()
     programs = _lower(config)
     lower_s = time.perf_counter() - start
-    answer = _compile if programs.can_compile else _lowered_only
+    answer = compile_lowered if programs.can_compile else _lowered_only
     return CompiledReport(
         programs={
             name: answer(lowered, level)
@@ -118,7 +125,8 @@ def _virtual_mesh(config: Config) -> Mesh:
     return make_mesh(config.mesh, virtual, jax.devices("cpu")[: virtual.num_devices])
 
 
-def _compile(lowered: Lowered, level: str) -> CompiledProgram:
+def compile_lowered(lowered: Lowered, level: str) -> CompiledProgram:
+    """What the compiler says of one program; too large for a device is an answer too."""
     start = time.perf_counter()
     try:
         compiled = lowered.compile(compiler_options={"optimization_level": LEVELS[level]})

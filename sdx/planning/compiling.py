@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdx.config.compose import from_saved
+from sdx.config.errors import ConfigError
+from sdx.config.schema import Config
+from sdx.parallel.xla_flags import set_flags
 from sdx.planning.compiled import to_json
 
 REFUSED = 2
@@ -17,16 +20,23 @@ REFUSED = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 with a report in RESULT, 2 with a reason there; else there is no RESULT."""
     saved, result, level = sys.argv[1:] if argv is None else argv
-    config = from_saved(Path(saved))
-    from sdx.planning.compiler import compile_here
-    from sdx.planning.topology import TopologyError
-
-    try:
-        text, code = to_json(compile_here(config, level)), 0
-    except TopologyError as error:
-        text, code = str(error), REFUSED
+    text, code = _answer(from_saved(Path(saved)), level)
     Path(result).write_text(text, encoding="utf-8")
     return code
+
+
+def _answer(config: Config, level: str) -> tuple[str, int]:
+    """What goes into RESULT, and the exit code."""
+    try:
+        set_flags(config.xla, config.hardware, config.run.compilation_cache_dir)
+    except ConfigError as error:
+        return "\n".join(map(str, error.problems)), REFUSED
+    from sdx.planning.compiler import REFUSALS, compile_here  # imports JAX, which reads flags once
+
+    try:
+        return to_json(compile_here(config, level)), 0
+    except REFUSALS as error:
+        return str(error), REFUSED
 
 
 if __name__ == "__main__":

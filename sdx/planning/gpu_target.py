@@ -15,8 +15,8 @@ from sdx.config.schema import HardwareConfig
 _GIB = 2**30
 
 
-class GpuTargetError(ValueError):
-    """No description of that GPU is known here."""
+class TopologyError(ValueError):
+    """The compiler cannot describe the hardware, or describes something else than the preset."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ GPUS = {
 
 
 def gpu_target(hardware: HardwareConfig) -> str:
-    """The text for one GPU of `hardware`; raises GpuTargetError for one that is not known here."""
+    """The text for one GPU of `hardware`; raises TopologyError for one that is not known here."""
     gpu = GPUS.get(hardware.device_kind or "")
     if gpu is None or hardware.hbm_gib is None or hardware.hbm_gbps is None:
-        raise GpuTargetError(
+        raise TopologyError(
             f"hardware.device_kind={hardware.device_kind}: compiling ahead needs a GPU that is "
             "described here, with hbm_gib and hbm_gbps; allowed: " + any_of(GPUS) + "."
         )

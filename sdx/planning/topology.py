@@ -14,7 +14,7 @@ from jax.experimental import topologies
 
 from sdx.config.schema import HardwareConfig, Platform
 from sdx.parallel.mesh import Device, claim_devices
-from sdx.planning.gpu_target import GpuTargetError, gpu_target
+from sdx.planning.gpu_target import TopologyError, gpu_target
 
 # For libtpu where there is no TPU: ask no metadata server (it would be waited for), and let several
 # processes load it at once (else the second one fails on a lock file).
@@ -24,10 +24,6 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 _CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-
-
-class TopologyError(ValueError):
-    """The compiler cannot describe the hardware, or describes something else than the preset."""
 
 
 class CompilerMissing(ValueError):
@@ -95,20 +91,12 @@ def _tpus(hardware: HardwareConfig) -> Sequence[Device]:
 
 
 def _gpus(hardware: HardwareConfig) -> Sequence[Device]:
-    assert hardware.num_devices is not None
-    if not has_compiler(Platform.gpu):
-        raise CompilerMissing(
-            f"compile=true: hardware={hardware.name} needs JAX's CUDA plugin, which is not "
-            "installed; pip install 'sdx[cuda]', also on a machine without a GPU."
-        )
-    try:
-        target = gpu_target(hardware)
-    except GpuTargetError as error:
-        raise TopologyError(str(error)) from None
-    per_host = hardware.num_devices // hardware.num_hosts
-    shape = f"1x{hardware.num_hosts}x{per_host}"
+    per_host = (hardware.num_devices or 1) // hardware.num_hosts
     found = topologies.get_topology_desc(
-        hardware.name, "cuda", target_config=target, topology=shape
+        hardware.name,
+        "cuda",
+        target_config=gpu_target(hardware),
+        topology=f"1x{hardware.num_hosts}x{per_host}",
     )
     return found.devices
 
