@@ -135,6 +135,12 @@ def _is_measured(config: Config) -> bool:
     return config.eval.every is not None
 
 
+def _has_copies(config: Config) -> bool:
+    """Of the model, as far as is known without the devices."""
+    sizes = check_mesh.mesh_sizes(config.mesh, config.hardware)
+    return sizes is None or sizes.total[0] > 1
+
+
 def _is_traced(config: Config) -> bool:
     return config.profiler.enabled
 
@@ -166,6 +172,10 @@ _NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "eval.num_batches": (_is_measured, "eval.every=N"),
     "eval.num_buckets": (_is_measured, "eval.every=N"),
     "checkpoint.keep_best": (_is_measured, "eval.every=N"),
+    "checkpoint.single_replica_restore": (
+        _has_copies,
+        "several copies of the model, one for each place along data: mesh=dp or mesh=hsdp",
+    ),
     "profiler.skip_steps": (_is_traced, "profiler.enabled=true"),
     "profiler.steps": (_is_traced, "profiler.enabled=true"),
     "export.hub_model_id": (lambda config: config.export.push_to_hub, "export.push_to_hub=true"),

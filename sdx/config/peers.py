@@ -189,6 +189,7 @@ _MAXDIFFUSION_KEYS = _rows(
             "and the other diffusion.* keys",
             {"": "…"},
         ),
+        "enable_single_replica_ckpt_restoring": "checkpoint.single_replica_restore",
         "dcn_data_parallelism": "mesh.dcn.data",
         "dcn_fsdp_parallelism": "mesh.dcn.fsdp",
         "dcn_tensor_parallelism": "mesh.dcn.tensor",
@@ -297,7 +298,6 @@ _MAXDIFFUSION_REST = (
         (MAXDIFFUSION,),
         Outcome.planned,
         {
-            "enable_single_replica_ckpt_restoring": "checkpoint.single_replica_restore",
             "compile_topology_num_slices": ("sdx.plan", "compiles for chips that are not here"),
         },
     )

@@ -171,13 +171,7 @@ class Attempt:
     def _train(self, program: Program, frozen: Params, evaluator: Evaluator | None) -> int:
         setup, config, paths = self.setup, self.setup.config, self.setup.paths
         history = history_of(from_first(lambda: (read_json(paths.run) or {}).get("validation")))
-        checkpointer = Checkpointer(
-            paths.checkpoints,
-            keep=config.checkpoint.keep,
-            best=lambda steps: history.best(steps, config.checkpoint.keep_best or 0),
-            say=self.say,
-            reads_once=setup.mesh if config.checkpoint.single_replica_restore else None,
-        )
+        checkpointer = self._checkpointer(history)
         with closing(checkpointer):
             state = self._first_state(program, checkpointer)
             first_step = int(state.step)
@@ -229,6 +223,16 @@ class Attempt:
         self.say(f"finished {outcome.step} steps: {paths.root}")
         self.record.finish(Status.finished, step=outcome.step)
         return FINISHED
+
+    def _checkpointer(self, history: ValidationHistory) -> Checkpointer:
+        config = self.setup.config.checkpoint
+        return Checkpointer(
+            self.setup.paths.checkpoints,
+            keep=config.keep,
+            best=lambda steps: history.best(steps, config.keep_best or 0),
+            say=self.say,
+            reads_once=self.setup.mesh if config.single_replica_restore else None,
+        )
 
     def _cut_back(self, step: int) -> None:
         """Takes back what is on record of steps that are about to be trained again."""

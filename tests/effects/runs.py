@@ -8,7 +8,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import closing, nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -26,10 +26,12 @@ from sdx.experiment import gallery as galleries
 from sdx.experiment.attempt import Attempt
 from sdx.experiment.run import run
 from sdx.experiment.setup import prepare, run_paths
+from sdx.parallel.sharding import replicated
 from sdx.parallel.xla_flags import FRACTION
 from sdx.record.metrics import read_metrics
 from sdx.record.paths import RunPaths
-from sdx.training import profile, wandb_sink
+from sdx.record.validation import ValidationHistory
+from sdx.training import checkpoint, profile, wandb_sink
 from sdx.training.checkpoint import Checkpointer
 from sdx.training.evaluation import Evaluator, ValidationLoss
 from sdx.training.metrics import ProgressLine, TooManyBadSteps
@@ -224,6 +226,35 @@ def first_step(case: Case) -> int:
     return json.loads((finished(case).paths.attempts / "1.json").read_text())["first_step"]
 
 
+def devices_read_onto(case: Case) -> int:
+    """How many devices a checkpoint's files are read for; the others are sent the arrays."""
+    attempt: Any = SimpleNamespace(
+        setup=SimpleNamespace(
+            config=case.config, mesh=case.mesh, paths=RunPaths(case.folder / "restored")
+        ),
+        say=print,
+    )
+    place = replicated(case.mesh)
+    state = {"step": jax.device_put(jnp.int32(1), place), "a": jax.device_put(jnp.ones(3), place)}
+    found: list[int] = []
+    read = checkpoint._read_arrays
+
+    def noted(path: Path, wanted: Any, processes: set[int]) -> Any:
+        found.append(len(wanted["a"].sharding.device_set))
+        return read(path, wanted, processes)
+
+    with closing(Attempt._checkpointer(attempt, ValidationHistory())) as checkpointer:
+        checkpointer.save(1, state)
+        checkpointer.wait()
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "_read_arrays", noted)
+            assert checkpointer.restore(abstract) is not None
+    return found[0]
+
+
 def bad_steps_until_the_end(case: Case) -> int:
     """Updates in a row that may fail, of a hundred that do."""
     attempt: Any = SimpleNamespace(
@@ -332,6 +363,14 @@ EFFECTS = [
     forked("checkpoint.every_minutes", "1e-6", saved, [1, 2, 3, 4, 5, 6, 7, 8], [7, 8]),
     changed("checkpoint.keep", num_newest, 3, 2),
     changed("checkpoint.keep_best", older_kept, [], [2]),
+    Effect(
+        "checkpoint.single_replica_restore",
+        "true",
+        devices_read_onto,
+        2,
+        1,
+        given=("hardware.num_devices=2", "mesh=dp"),
+    ),
     changed("metrics.every", steps_with("loss"), [1, 2, 3, 4, 5, 6, 7, 8], [4, 8]),
     changed("metrics.sinks", sinks, {"jsonl", "tensorboard"}, {"jsonl"}),
     Effect(
