@@ -61,6 +61,7 @@ class KernelFn(Protocol):
     ) -> Float[Array, "b s h d"]: ...
 
 
+@jax.named_scope("attention")
 def dot_product_attention(
     query: Float[Array, "b s h d"],
     key: Float[Array, "b t h d"],
@@ -87,6 +88,7 @@ def dot_product_attention(
     return jnp.einsum("bhst,bthd->bshd", weights, value, precision=precision)
 
 
+@jax.named_scope("attention")
 def per_head_attention(
     query: Float[Array, "b s h d"],
     key: Float[Array, "b t h d"],
@@ -211,7 +213,7 @@ class GEGLU(nnx.Module):
         self.proj = Linear(features, 2 * hidden, numerics=numerics, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b s c"]) -> Float[Array, "b s e"]:
-        y, gate = jnp.split(self.proj(x), 2, axis=-1)
+        y, gate = self.proj.halves(x)
         return y * _gelu(gate)
 
 

@@ -10,7 +10,7 @@ biases (torch/nn/modules/linear.py and conv.py, `reset_parameters`).
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,13 @@ MAX_PERIOD = 10_000.0
 LAWS = ("uniform", "normal", "constant")  # in [-1, 1); N(0, 1); 1
 
 
+@runtime_checkable  # beartype checks arguments against it in tests
+class PlaceFn(Protocol):
+    """`x` as it is, with its last dim split over the devices that share the width of a layer."""
+
+    def __call__(self, x: Array) -> Array: ...
+
+
 @dataclass(frozen=True)
 class Numerics:
     """How a network computes: types of activations and stored parameters, precision of products."""
@@ -32,6 +39,8 @@ class Numerics:
     dtype: DTypeLike
     param_dtype: DTypeLike
     precision: jax.lax.Precision
+    over_width: PlaceFn | None = None
+    """Handed in where devices share the width of layers; a network knows no mesh."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +68,30 @@ class Linear(nnx.Module):
         self.bias = _uniform(shape[1:], in_features, numerics, rngs) if use_bias else None
         self.numerics = numerics
 
+    @jax.named_scope("product")
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         dtype = self.numerics.dtype
         y = _product(x.astype(dtype), self.kernel[...].astype(dtype), self.numerics.precision)
         return y if self.bias is None else y + _across(self.bias[...].astype(dtype), y)
+
+    def halves(self, x: Float[Array, "*batch i"]) -> tuple[Array, Array]:
+        """The outcome's first and second half.
+
+        Where devices share its width, each has a part of one half: then it is the kernel, cut
+        before the product, whose columns they exchange, and not the far larger outcome.
+        """
+        over_width, dtype = self.numerics.over_width, self.numerics.dtype
+        if over_width is None:
+            first, second = jnp.split(self(x), 2, axis=-1)
+            return first, second
+        kernel = over_width(self.kernel[...].astype(dtype).reshape(x.shape[-1], 2, -1))
+        products = [
+            _product(x.astype(dtype), kernel[:, i], self.numerics.precision) for i in (0, 1)
+        ]
+        if self.bias is not None:
+            bias = over_width(self.bias[...].astype(dtype).reshape(2, -1))
+            products = [y + _across(bias[i], y) for i, y in enumerate(products)]
+        return products[0], products[1]
 
 
 class Conv2d(nnx.Module):
@@ -90,6 +119,7 @@ class Conv2d(nnx.Module):
         self.padding = padding
         self.numerics = numerics
 
+    @jax.named_scope("convolution")
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
         dtype, precision = self.numerics.dtype, self.numerics.precision
         kernel = self.kernel[...].astype(dtype)
@@ -110,6 +140,7 @@ class GroupNorm(nnx.Module):
         self.eps = eps
         self.dtype = numerics.dtype
 
+    @jax.named_scope("normalisation")
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         x = x.astype(jnp.float32)
         centred = x - self._group_mean(x)
@@ -137,6 +168,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
         self.dtype = numerics.dtype
 
+    @jax.named_scope("normalisation")
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         x = x.astype(jnp.float32)
         centred = x - jnp.mean(x, -1, keepdims=True)
@@ -165,6 +197,7 @@ class Upsample(nnx.Module):
     def __init__(self, channels: int, *, numerics: Numerics, rngs: nnx.Rngs):
         self.conv = Conv2d(channels, channels, numerics=numerics, rngs=rngs)
 
+    @jax.named_scope("convolution")
     def __call__(
         self, x: Float[Array, "b h w c"], size: tuple[int, int]
     ) -> Float[Array, "b h2 w2 c"]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from sdx.config.schema import ModelConfig, Remat
 from sdx.models.attention import AttentionFn
 from sdx.models.clip_text import CLIPTextModel
+from sdx.models.layers import PlaceFn
 from sdx.models.module import Pure, pure
 from sdx.models.unet import UNet2DConditionModel
 from sdx.models.vae import AutoencoderKL
@@ -30,12 +31,14 @@ def make_networks(
     remat: Remat = Remat.none,
     trains_text_encoder: bool = False,
     mask_padding_tokens: bool = False,
+    over_width: PlaceFn | None = None,
 ) -> Networks:
     """The networks that `model` describes, computing in `dtype`; frozen ones are stored in
     float32.
 
     With `mask_padding_tokens` the text encoder marks states past the end of the text, and the
-    UNet's cross-attention passes over them.
+    UNet's cross-attention passes over them. `over_width` says how the UNet's feed-forward layers
+    lie over devices that share them.
     """
     precision = jax.lax.Precision[model.matmul_precision.name.upper()]
     common = {"dtype": jnp.dtype(dtype), "precision": precision}
@@ -48,6 +51,7 @@ def make_networks(
                 param_dtype=weights,
                 remat=remat,
                 skips_absent=mask_padding_tokens,
+                over_width=over_width,
                 rngs=rngs,
                 **common,
             )

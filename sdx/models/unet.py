@@ -22,6 +22,7 @@ from sdx.models.layers import (
     GroupNorm,
     Linear,
     Numerics,
+    PlaceFn,
     ResnetBlock,
     Upsample,
     timestep_embedding,
@@ -44,8 +45,9 @@ class UNet2DConditionModel(nnx.Module):
         remat: Remat,
         rngs: nnx.Rngs,
         skips_absent: bool = False,
+        over_width: PlaceFn | None = None,
     ):
-        numerics = Numerics(dtype, param_dtype, precision)
+        numerics = Numerics(dtype, param_dtype, precision, over_width)
         parts = _Parts(config, attention, numerics, remat, rngs, skips_absent)
         widths = config.block_out_channels
         heads = [

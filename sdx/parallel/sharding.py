@@ -10,6 +10,7 @@ same two last rules.
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -89,6 +90,27 @@ def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+@dataclass(frozen=True)
+class OverWidth:
+    """Splits the last dim of an array over `tensor`, where it divides; the first may lie as it
+    likes, so that a gradient is scattered and not gathered."""
+
+    mesh: Mesh
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`x` with that constraint."""
+        if x.shape[-1] % self.mesh.shape["tensor"]:
+            return x
+        between = [None] * (x.ndim - 2)
+        place = NamedSharding(self.mesh, P(P.UNCONSTRAINED, *between, "tensor"))
+        return jax.lax.with_sharding_constraint(x, place)
+
+
+def over_width(mesh: Mesh) -> OverWidth | None:
+    """How devices share the width of layers; None where each has all of it."""
+    return OverWidth(mesh) if mesh.shape["tensor"] > 1 else None
+
+
 def replicated(mesh: AnyMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, P())
@@ -97,6 +119,37 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
 def batch_divisor(mesh: AnyMesh) -> int:
     """The number of shares a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Bytes of arrays that lie on a mesh."""
+
+    total: int
+    """Of each array once."""
+    on_device: int
+    """Of what one device holds."""
+    whole: Mapping[str, int]
+    """Path and bytes of each array that every device holds whole, the largest first."""
+
+    @property
+    def sharded_share(self) -> float:
+        """Share of the bytes in arrays of which a device holds only a part."""
+        return 1 - sum(self.whole.values()) / self.total
+
+
+def placement(arrays: Any) -> Placement:
+    """How arrays, or shapes with shardings, lie on their mesh."""
+    total = on_device = 0
+    whole = {}
+    for path, leaf in jax.tree.leaves_with_path(arrays):
+        part = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        total += leaf.size * leaf.dtype.itemsize
+        on_device += part * leaf.dtype.itemsize
+        if part == leaf.size:
+            whole[path_name(path)] = leaf.size * leaf.dtype.itemsize
+    by_size = sorted(whole.items(), key=lambda row: -row[1])
+    return Placement(total, on_device, dict(by_size))
 
 
 def _by_path(params: Any, shardings: Any) -> Mapping[str, tuple[tuple[int, ...], NamedSharding]]:

@@ -296,6 +296,7 @@ def networks_of(config: Config, mesh: Mesh) -> Networks:
         remat=config.train.remat,
         trains_text_encoder=config.train.text_encoder,
         mask_padding_tokens=config.attention.mask_padding_tokens,
+        over_width=sharding.over_width(mesh),
     )
 
 
