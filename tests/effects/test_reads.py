@@ -8,6 +8,7 @@ from sdx.config.leaves import leaves
 from sdx.experiment.planning import make_plan
 from sdx.planning.report import render
 from tests.effects.data import source
+from tests.effects.described import V4, asked
 from tests.effects.effect import Case
 from tests.effects.flags import environment
 from tests.effects.kernels import long_attention
@@ -29,6 +30,7 @@ STARTS = (
     ("data=huggingface", "data.dir={files}/tables", "data.config=large"),
     ("data=plugin", "data.plugin=one"),
     ("hardware.platform=tpu", "attention=splash"),
+    V4,
     GIVEN,
 )
 ELSEWHERE = {
@@ -43,6 +45,7 @@ def test_every_key_is_read(case: Callable[[Sequence[str]], Case]) -> None:
         with recorded() as found:
             start = case([*overrides, "run.name=start"])  # a case of its own
             environment(start)
+            asked(start)
             joined(start)
             render(make_plan(start.config, compiles=False, level="O0"))
             assert len(source(start)) > 0 and long_attention(start) and wandb_run(start)
