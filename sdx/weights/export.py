@@ -169,8 +169,10 @@ def _write_tensors(path: Path, params: Params, dtype: str) -> None:
         os.fsync(file.fileno())
 
 
-def _on_host(leaf: jax.Array) -> np.ndarray:
+def _on_host(leaf: jax.Array | np.ndarray) -> np.ndarray:
     """One array whole; of a copy, because JAX keeps what it once brought to the host."""
+    if isinstance(leaf, np.ndarray):
+        return leaf
     return np.asarray(jax.device_put(leaf, leaf.sharding, may_alias=False))  # compiles nothing
 
 
