@@ -356,6 +356,37 @@ MUTATIONS = (
         "",
         ("tests/planning/test_presets.py",),
     ),
+    Mutation(
+        "SIGUSR2 to one of many processes is not sent on to JAX",
+        "sdx/parallel/stopping.py",
+        "                os.kill(os.getpid(), signal.SIGTERM)",
+        "                pass",
+        ("tests/parallel/test_together.py::test_a_signal_to_one_stops_both_before_the_same_step",),
+    ),
+    Mutation(
+        "a process that died is not missed",
+        "sdx/parallel/failures.py",
+        "failure = self._missed(signs.silent())",
+        "failure = None",
+        (
+            "tests/parallel/test_together.py::"
+            "test_the_death_of_one_ends_the_other_within_the_heartbeat",
+        ),
+    ),
+    Mutation(
+        "a step of srun counts the tasks of its whole job",
+        "sdx/parallel/place.py",
+        'steps if steps in environment else "SLURM_NTASKS"',
+        '"SLURM_NTASKS"',
+        ("tests/parallel/test_place.py::test_slurm_says_the_first_node_and_a_port_of_the_step",),
+    ),
+    Mutation(
+        "hosts of a rehearsal outlive the command that started them",
+        "sdx/parallel/rehearsal.py",
+        "        os.read(pipe, 1)  # nothing is ever written: it is the end of the pipe",
+        "        threading.Event().wait()",
+        ("tests/parallel/test_rehearsal.py::test_hosts_die_with_the_command",),
+    ),
 )
 
 

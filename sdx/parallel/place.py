@@ -174,8 +174,8 @@ def _check(place: Place | None, hardware: HardwareConfig, environment: Environme
         allowed = ", ".join(map(str, wanted))
         raise ProcessesError(
             f"hardware={hardware.name}: {count} processes were found ({place.source}), its "
-            f"{devices} devices on {hosts} host{'s' * (hosts > 1)} take {allowed}; start so many, "
-            "or pick the hardware=... of this machine."
+            f"num_devices={devices} and num_hosts={hosts} take {allowed}; start so many, or pick "
+            "the hardware=... of this machine."
         )
 
 
