@@ -3,6 +3,7 @@
 What is compiled is what training runs: the same `program.build`, over a mesh of described devices.
 """
 
+import math
 import re
 import resource
 import time
@@ -16,6 +17,7 @@ from jax.stages import Compiled, Lowered
 
 from sdx.config import resolve
 from sdx.config.schema import AttentionKind, Config, Platform
+from sdx.config.sizes import image_sizes
 from sdx.parallel.mesh import MeshError, claim_devices, make_mesh
 from sdx.planning.collectives import collectives
 from sdx.planning.compiled import CompiledProgram, CompiledReport, Overflow, ProgramBytes
@@ -109,9 +111,11 @@ def _lower(config: Config) -> _Programs:
 def _lower_over(
     config: Config, mesh: Mesh, platforms: tuple[str, ...] | None
 ) -> tuple[Lowered, Lowered]:
-    # Where a decaying learning rate ends changes no size, so examples need not be known.
-    program = build(config, mesh, max_steps=resolve.max_steps(config, 1, mesh.size))
-    return program.lower(platforms)
+    # Where a decaying learning rate ends changes no size, so examples need not be known; which
+    # buckets have any is not known, and the largest decides whether it fits.
+    max_steps = resolve.max_steps(config, 1, mesh.size)
+    largest = max(image_sizes(config), key=math.prod)
+    return build(config, mesh, max_steps=max_steps, buckets={largest: 1.0}).lower(platforms)
 
 
 def _described_mesh(config: Config) -> Mesh:
