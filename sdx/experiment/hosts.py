@@ -36,6 +36,10 @@ def check_same_folder(folder: AnyPath, key: str) -> None:
     with contextlib.ExitStack() as stack:
         name = from_first(lambda: stack.enter_context(_nonce(folder)), (RefusedStart,))
         seen = gather([_is_seen(folder / name), socket.gethostname(), str(folder.absolute())])
+    from_first(lambda: _check_seen(folder, key, seen), (RefusedStart,))
+
+
+def _check_seen(folder: Path, key: str, seen: Sequence[Sequence[Any]]) -> None:
     writer = f"process 0 on {seen[0][1]} ({seen[0][2]})"
     blind = [f"process {i} on {host} ({where})" for i, (is_seen, host, where) in enumerate(seen)
              if not is_seen]  # fmt: skip
@@ -77,6 +81,10 @@ def facts_of(setup: Setup) -> Facts:
 def check_same_facts(facts: Facts) -> None:
     """Raises RefusedStart, in all processes, where those of one differ from the first one's."""
     given = gather((socket.gethostname(), facts))
+    from_first(lambda: _check_equal(given), (RefusedStart,))
+
+
+def _check_equal(given: Sequence[tuple[str, Facts]]) -> None:
     faults = [
         fault
         for process, (host, theirs) in enumerate(given)

@@ -23,7 +23,7 @@ from sdx.experiment.hosts import (
 from sdx.experiment.publishing import PublishError
 from sdx.experiment.setup import REFUSALS, Setup, prepare, run_paths
 from sdx.experiment.taking import take_folder
-from sdx.parallel.agreement import from_first
+from sdx.parallel.agreement import from_first, leave_to_first
 from sdx.parallel.distributed import start_processes
 from sdx.parallel.failures import Companions, Failure
 from sdx.parallel.place import ProcessesError
@@ -96,11 +96,13 @@ def _started(
                 return from_first(lambda: _complete_export(setup))
             attempts.append(Attempt(setup, taken, stop))
     except (ConfigError, *REFUSALS) as error:
+        leave_to_first(error)
         reason = str(error) if isinstance(error, ConfigError) else f"sdx: {error}"
         return companions.fail(REFUSED, reason)
     try:
         return attempts[0].run()
     except _FAULTS as error:
+        leave_to_first(error)
         return companions.fail(FAILED, str(error))
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"

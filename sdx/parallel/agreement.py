@@ -72,8 +72,17 @@ def from_first(compute: Callable[[], Value], raises: tuple[type[Exception], ...]
         return value
     told = _hear(f"{number}/0")
     if "error" in told:
-        raise raises[told["kind"]](told["error"])
+        error = raises[told["kind"]](told["error"])
+        error.is_heard = True  # pyright: ignore[reportAttributeAccessIssue]
+        raise error
     return told["value"]
+
+
+def leave_to_first(error: Exception) -> None:
+    """Returns unless the error was heard of in `from_first`: the first process says it and ends all
+    of them, this one with it."""
+    if getattr(error, "is_heard", False):
+        gather(None)  # which the first one never comes to
 
 
 def _is_shared() -> bool:

@@ -42,7 +42,13 @@ from sdx.experiment.encoding.encoder import image_encoder, local_mesh, token_enc
 from sdx.experiment.encoding.writing import Interrupted, write_context, write_moments
 from sdx.experiment.hosts import check_same_facts, check_same_folder, only_first_speaks
 from sdx.experiment.setup import REFUSALS, check_weights, open_tokenizer, open_weights
-from sdx.parallel.agreement import from_first, is_first, process_count, process_index
+from sdx.parallel.agreement import (
+    from_first,
+    is_first,
+    leave_to_first,
+    process_count,
+    process_index,
+)
 from sdx.parallel.distributed import start_processes
 from sdx.parallel.failures import Companions, Failure
 from sdx.parallel.mesh import claim_devices, make_mesh
@@ -140,9 +146,11 @@ def _started(
     except EncodingFailed as error:
         return companions.fail(FAILED, f"sdx: {error}")
     except RunLocked as error:
+        leave_to_first(error)
         reason = str(error).removesuffix(", or use another run.name.")
         return companions.fail(REFUSED, f"sdx: the same cache is being made: {reason}.")
     except (ConfigError, StoreError, *REFUSALS) as error:
+        leave_to_first(error)
         reason = str(error) if isinstance(error, ConfigError) else f"sdx: {error}"
         return companions.fail(REFUSED, reason)
 
