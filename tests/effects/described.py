@@ -14,7 +14,6 @@ from tests.effects.effect import Case, Effect
 V4 = (
     "hardware.platform=tpu",
     "hardware.num_devices=8",
-    "hardware.num_hosts=2",
     "hardware.topology=v4:2x2x2",
     "mesh=dp",
     "train.global_batch_size=8",
@@ -65,7 +64,7 @@ EFFECTS = [
         asked,
         PLAIN,
         PLAIN | {"num_slices": 2},
-        given=V4,
+        given=(*V4, "hardware.num_hosts=2"),
         along=("mesh.dcn.data=2",),
     ),
 ]
