@@ -29,6 +29,7 @@ Kernel = Callable[[Array, Array, Array], Array]
 """(query, key, value), each (b, h, length, d), to (b, h, s, d)."""
 
 
+@jax.named_scope("attention")
 def cudnn_attention(
     query: Float[Array, "b s h d"],
     key: Float[Array, "b t h d"],
@@ -58,6 +59,7 @@ class PallasAttention:
     make_kernel: Callable[[Tiles, int], Kernel]
     block_sizes: BlockSizesConfig
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         query: Float[Array, "b s h d"],

@@ -175,11 +175,9 @@ def run_sdx(size: Size, folder: Path, threads: int, steps: int) -> Iterator[Any]
     from sdx.config.schema import (
         AttentionConfig,
         DiffusionConfig,
-        DownBlock,
         Platform,
         PredictionType,
         Remat,
-        UNetConfig,
     )
     from sdx.diffusion.objective import make_objective
     from sdx.models.attention_choice import select_attention
@@ -190,19 +188,9 @@ def run_sdx(size: Size, folder: Path, threads: int, steps: int) -> Iterator[Any]
     from sdx.training.step import StepRule, draw_examples, train_step
     from sdx.weights.names import array_from_torch, from_torch
 
-    kinds = [DownBlock.CrossAttnDownBlock2D] * (len(size.channels) - 1) + [DownBlock.DownBlock2D]
-    config = UNetConfig(
-        sample_size=size.side,
-        block_out_channels=list(size.channels),
-        layers_per_block=size.layers,
-        down_block_types=kinds,
-        attention_head_dim=list(size.heads),
-        cross_attention_dim=size.context,
-        norm_num_groups=size.groups,
-    )
     unet = pure(
         lambda rngs: UNet2DConditionModel(
-            config,
+            unet_config(size),
             attention=select_attention(AttentionConfig(), Platform.cpu, dtype="float32"),
             dtype=jnp.float32,
             param_dtype=jnp.float32,
@@ -271,22 +259,12 @@ def _overhead_s(num_arrays: int) -> float:
 def run_torch(size: Size, folder: Path, threads: int, steps: int) -> Iterator[Any]:
     """Makes the weights, takes the inputs, then steps."""
     import torch
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    from tests.benchmarks.torch_step import make_optimizer, make_unet, update
 
     torch.set_num_threads(threads)
     torch.manual_seed(SEED)
-    attended = len(size.channels) - 1
-    unet = UNet2DConditionModel(
-        sample_size=size.side,
-        block_out_channels=size.channels,
-        layers_per_block=size.layers,
-        down_block_types=("CrossAttnDownBlock2D",) * attended + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * attended,
-        attention_head_dim=size.heads,  # pyright: ignore[reportArgumentType] diffusers' tuple[int]
-        cross_attention_dim=size.context,
-        norm_num_groups=size.groups,
-        use_linear_projection=True,
-    ).train()
+    unet = make_unet(unet_config(size))
     parameters = dict(unet.named_parameters())
     arrays: dict[str, Any] = {n: p.detach().numpy() for n, p in parameters.items()}
     np.savez(folder / "weights.npz", **arrays)
@@ -302,16 +280,28 @@ def run_torch(size: Size, folder: Path, threads: int, steps: int) -> Iterator[An
 
     names = ("noisy", "target", "timesteps", "conditioning")
     batches = [[read(name, number) for name in names] for number in range(steps)]
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+    optimizer = make_optimizer(unet, LR, WEIGHT_DECAY)
     yield "ready"
     for noisy, target, timesteps, context in batches:
         watch = Watch()
-        optimizer.zero_grad()
-        loss = torch.nn.functional.mse_loss(unet(noisy, timesteps, context).sample, target)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), MAX_NORM)
-        optimizer.step()
+        loss, norm = update(unet, optimizer, noisy, timesteps, context, target, max_norm=MAX_NORM)
         yield watch.read(loss.item(), norm.item())
+
+
+def unet_config(size: Size) -> Any:
+    """`size` in the words of the configuration."""
+    from sdx.config.schema import DownBlock, UNetConfig
+
+    kinds = [DownBlock.CrossAttnDownBlock2D] * (len(size.channels) - 1) + [DownBlock.DownBlock2D]
+    return UNetConfig(
+        sample_size=size.side,
+        block_out_channels=list(size.channels),
+        layers_per_block=size.layers,
+        down_block_types=kinds,
+        attention_head_dim=list(size.heads),
+        cross_attention_dim=size.context,
+        norm_num_groups=size.groups,
+    )
 
 
 class Watch:

@@ -1,0 +1,109 @@
+"""What a compiled program's time goes to: the operations in a profiler's trace, by part of the
+network.
+
+Layers name their operations after the part they are (`jax.named_scope` in sdx/models), and XLA
+keeps that name through differentiation and fusion. A fusion is of the part that its convolution or
+product is of, else of the one most of its operations are of. Kernels that the trace gives no
+operation for, as those inside CUDA graphs, go by their names.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PARTS = ("attention", "convolution", "normalisation", "product")
+OTHER, UNKNOWN = "other", "unknown"
+CONTAINERS = ("call", "while", "conditional", "async-start", "async-done")
+_PART = re.compile(rf"\b({'|'.join(PARTS)})\b")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (?:\([^=]*\)|\S+) ([\w\-]+)\(")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
+_CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_KERNELS = (
+    (re.compile(r"fmha|flash|sdpa|attention", re.I), "attention"),
+    (re.compile(r"conv|fprop|dgrad|wgrad|implicit_gemm", re.I), "convolution"),
+    (re.compile(r"gemm|gemv|cutlass|nvjet|matmul", re.I), "product"),
+    (re.compile(r"memcpy|memset", re.I), OTHER),
+)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A line of a compiled program."""
+
+    name: str
+    opcode: str
+    part: str | None
+    called: tuple[str, ...]
+
+
+def parts_of(text: str) -> dict[str, str]:
+    """The part that each instruction of the program in `text` is of, by name; containers, whose
+    time is that of what they hold, are left out."""
+    computations = {name: [*found] for name, found in _computations(text)}
+    return {
+        one.name: _part(one, computations)
+        for found in computations.values()
+        for one in found
+        if one.opcode not in CONTAINERS
+    }
+
+
+def seconds_by_part(trace: Path, parts: Mapping[str, str]) -> dict[str, float]:
+    """Device seconds of each part in the newest trace under `trace`."""
+    from jax.profiler import ProfileData
+
+    newest = max(trace.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    kernels = {re.sub(r"\W", "_", name): part for name, part in parts.items()}
+    seconds: dict[str, float] = defaultdict(float)
+    for name, operation, duration_ns in _events(ProfileData.from_file(str(newest))):
+        part = parts.get(operation or "") or kernels.get(re.sub(r"\W", "_", name))
+        if part is None and operation is not None and name == operation:
+            continue  # a container
+        seconds[part or _of_kernel(name)] += duration_ns / 1e9
+    return dict(seconds)
+
+
+def _events(profile: Any) -> Iterator[tuple[str, str | None, float]]:
+    """Name, operation of the program and nanoseconds of what ran on the device: of a GPU whatever
+    its streams did, of a CPU what names an operation."""
+    planes = list(profile.planes)
+    streams = [plane for plane in planes if plane.name.startswith("/device:GPU")]
+    for plane in streams or planes:
+        for line in plane.lines:
+            if streams and not line.name.startswith("Stream"):
+                continue  # the same again, summed up
+            for event in line.events:
+                operation = dict(event.stats).get("hlo_op")
+                if streams or operation is not None:
+                    yield event.name, operation, event.duration_ns
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[Instruction]]]:
+    name, found = "", []
+    for line in text.splitlines():
+        if start := _COMPUTATION.match(line):
+            name, found = start[1], []
+        elif line.startswith("}"):
+            yield name, found
+        elif made := _INSTRUCTION.match(line):
+            op_name = _OP_NAME.search(line)
+            marks = _PART.findall(op_name[1]) if op_name else []
+            called = tuple(_CALLED.findall(line))
+            found.append(Instruction(made[1], made[2], marks[-1] if marks else None, called))
+
+
+def _part(one: Instruction, computations: Mapping[str, list[Instruction]]) -> str:
+    inside = [other for name in one.called for other in computations.get(name, [])]
+    heavy = [x.part for x in inside if x.opcode in ("convolution", "dot", "custom-call") and x.part]
+    named = Counter(x.part for x in inside if x.part)
+    if heavy:
+        return heavy[0]
+    return named.most_common(1)[0][0] if named else one.part or OTHER
+
+
+def _of_kernel(name: str) -> str:
+    return next((part for pattern, part in _KERNELS if pattern.search(name)), UNKNOWN)
