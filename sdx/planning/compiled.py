@@ -21,6 +21,14 @@ from sdx.config.schema import Config
 from sdx.planning.collectives import Collective
 
 GIB = 2**30
+# For JAX and libtpu where the chips are not: no other platform is looked for, no metadata server is
+# asked (it would be waited for), and several processes may load libtpu at once (else the second one
+# fails on a lock file).
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 SHOWN_LINES = 15  # of what a compiler that failed left on standard error
 
 
@@ -181,7 +189,11 @@ def _run(command: Sequence[str], said: Path) -> tuple[int, int]:
     """Exit code (negative: the signal) and peak memory of a process, its noise in a file."""
     with said.open("wb") as noise:
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=noise, stderr=subprocess.STDOUT
+            command,
+            env=os.environ | ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=noise,
+            stderr=subprocess.STDOUT,
         )
         try:
             _, status, usage = os.wait4(child.pid, 0)

@@ -14,15 +14,9 @@ from jax.experimental import topologies
 
 from sdx.config.schema import HardwareConfig, Platform
 from sdx.parallel.mesh import Device, claim_devices
+from sdx.planning.compiled import ENVIRONMENT
 from sdx.planning.gpu_target import TopologyError, gpu_target
 
-# For libtpu where there is no TPU: ask no metadata server (it would be waited for), and let several
-# processes load it at once (else the second one fails on a lock file).
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 _CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
@@ -66,7 +60,7 @@ def described_devices(hardware: HardwareConfig) -> Sequence[Device]:
     description or where what it describes is not what the preset says.
     """
     check_described(hardware)
-    os.environ |= ENVIRONMENT  # read when libtpu is loaded
+    os.environ |= ENVIRONMENT  # libtpu reads it when it is loaded, which this does
     devices = _DESCRIBE[hardware.platform](hardware)
     _check_agreement(hardware, devices)
     return devices
