@@ -21,6 +21,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 COPIED = ("sdx", "conf", "tests", "pyproject.toml")
 FLAGS = "tests/parallel/test_xla_flags.py"
+ATTENTION_MESH = "tests/models/test_attention_mesh.py"
 FORWARD = "tests/parity/test_forward.py"
 GRADIENTS = "tests/parity/test_training.py::test_gradients_of_every_parameter"
 PIPELINE = "tests/test_pipeline.py"
@@ -414,6 +415,34 @@ MUTATIONS = (
         "        os.read(pipe, 1)  # nothing is ever written: it is the end of the pipe",
         "        threading.Event().wait()",
         ("tests/parallel/test_rehearsal.py::test_hosts_die_with_the_command",),
+    ),
+    Mutation(
+        "attention.shard_sequence splits nothing",
+        "sdx/models/attention_mesh.py",
+        'return P(batch, "tensor"), P(batch)',
+        "return P(batch), P(batch)",
+        (f"{ATTENTION_MESH}::test_queries_are_split_by_length",),
+    ),
+    Mutation(
+        "attention.shard_sequence splits keys with the queries",
+        "sdx/models/attention_mesh.py",
+        'return P(batch, "tensor"), P(batch)',
+        'return P(batch, "tensor"), P(batch, "tensor")',
+        (f"{ATTENTION_MESH}::test_devices_get_their_part",),
+    ),
+    Mutation(
+        "only the longest sequence must divide over axis tensor",
+        "sdx/config/check_attention.py",
+        "            if length % tensor",
+        "            if max(each) % tensor",
+        ("tests/config/test_check.py::test_queries_of_every_bucket_must_divide",),
+    ),
+    Mutation(
+        "keys that pad a tile are attended to",
+        "sdx/models/attention_kernels.py",
+        "row = (jnp.arange(padded) < num_keys).astype(jnp.int32)",
+        "row = jnp.ones(padded, jnp.int32)",
+        ("tests/models/test_attention_kernels.py::test_kernels_are_the_plain_products",),
     ),
 )
 
