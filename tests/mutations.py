@@ -367,7 +367,7 @@ MUTATIONS = (
     Mutation(
         "a collective that is split over fusions is counted in each",
         "sdx/planning/collectives.py",
-        "if (found.kind, found.channel) not in seen:",
+        "if (found.kind, found.name) not in seen:",
         "if True:",
         ("tests/planning/test_collectives.py::test_one_collective_split_over_fusions_counts_once",),
     ),

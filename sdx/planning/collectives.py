@@ -1,7 +1,7 @@
 """Collectives of a compiled program: how often each kind runs in one call, and over how many bytes.
 
 Read from the text of the optimised HLO. An operation that the compiler has split over several
-fusions keeps one channel and counts once; one in a loop counts as often as the loop's bound says,
+fusions is one chain and counts once; one in a loop counts as often as the loop's bound says,
 which is one too many where XLA has peeled the first round off. The TPU compiler writes a
 reduce-scatter as an all-reduce with its slice in a fusion named `all-reduce-scatter`; between
 slices it sends and receives through the hosts ("megascale").
@@ -26,7 +26,7 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(\S+) = (\(.*?\)|\S+) ([a-z][a-z-]*)
 _COMPUTATION = re.compile(r"^(ENTRY )?%?(\S+) \(.*\{$")
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)[a-z0-9]*\[([\d,]*)\]")
 _OPERAND = re.compile(r"%([^,\s]+)")
-_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_CHAIN = re.compile(r'\bchannel_id=(\d+).*\bchain_id="(\d+)"')
 _CALLED = re.compile(r"\bcalls=%?([^,\s]+)")
 _APPLIED = re.compile(r"\bto_apply=%?([^,\s]+)")
 _LOOP = re.compile(r"\bcondition=%?([^,\s]+), body=%?([^,\s]+)")
@@ -49,7 +49,8 @@ class Collective:
 class _Found:
     kind: str
     bytes: int
-    channel: str
+    name: str
+    """Of the operation; its parts in several fusions have the same. Channels are shared."""
 
 
 @dataclass
@@ -87,8 +88,8 @@ def _executed(
     seen: set[tuple[str, str]] = set()
     for part in _together(name, computations):
         for found in part.found:
-            if (found.kind, found.channel) not in seen:
-                seen.add((found.kind, found.channel))
+            if (found.kind, found.name) not in seen:
+                seen.add((found.kind, found.name))
                 yield found, times
         for condition, body in part.loops:
             rounds = computations[condition].bound
@@ -125,11 +126,11 @@ def _read(
     types[name] = type_
     kind = opcode.removesuffix("-start")
     if kind in KINDS:
-        channel = _CHANNEL.search(text)
+        chain = _CHAIN.search(text)
         size = _moved(opcode, type_, text, types)
         if kind == "all-reduce" and within.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
-        computation.found.append(_Found(kind, size, channel[1] if channel else name))
+        computation.found.append(_Found(kind, size, " ".join(chain.groups()) if chain else name))
     elif opcode == "while":
         loop = _LOOP.search(text)
         assert loop is not None, text

@@ -21,7 +21,7 @@ def test_plain_ones_by_kind() -> None:
         "  %g.2 = bf16[64,128]{1,0} all-gather(%p.1), channel_id=2, dimensions={0}",
         "  %s.1 = f32[] all-reduce(%x), channel_id=3, to_apply=%add",
         "  %m.1 = (f32[320]{0}, bf16[3,3,8,8]{3,2,1,0}, /*index=2*/f32[]) all-reduce(%a, %b, %c), "
-        "channel_id=4, to_apply=%add",
+        "channel_id=3, to_apply=%add",
         "  %t.1 = bf16[4,16,80]{2,1,0} all-to-all(%p.1), channel_id=5, dimensions={1}",
         "  ROOT %c.1 = bf16[8,128]{1,0} collective-permute(%p.1), channel_id=6",
     )  # fmt: skip
@@ -52,7 +52,8 @@ def test_asynchronous_ones_count_once_with_their_results_bytes() -> None:
 def test_one_collective_split_over_fusions_counts_once() -> None:
     parts = "".join(
         f"%part.{n} (q: bf16[8,128]) -> bf16[64,128] {{\n"
-        f"  ROOT %g.{n} = bf16[64,128]{{1,0}} all-gather(%q), channel_id=10\n}}\n"
+        f"  ROOT %g.{n} = bf16[64,128]{{1,0}} all-gather(%q), channel_id=10, "
+        f'frontend_attributes={{chain_id="0"}}\n}}\n'
         for n in range(3)
     )
     fusions = (
