@@ -36,7 +36,9 @@ class Layer:
     rest: float
     """What it keeps beyond that without remat."""
     products: float
-    """The part of `rest` that are outcomes of convolutions and products, which `dots` keeps."""
+    """What of `rest` `dots` keeps: outcomes of convolutions and products."""
+    between: float
+    """The others of `rest`, which it computes again."""
     passing: float
     """Largest arrays of its own backward pass, gone after it."""
 
@@ -173,6 +175,7 @@ def _convolution(
         entry=entry,
         rest=entry if with_norm else 0,
         products=0,
+        between=entry if with_norm else 0,
         passing=2 * enlarged + FLOAT * after[0] * after[1],
     )
 
@@ -190,7 +193,7 @@ def _layer(
     unit = pixels * sizes.width  # bytes of one channel
     both = sum(map(sizes.lanes, joined))
     wide = sizes.lanes(channels)
-    outcomes = unit * wide * (2 if sum(joined) == channels else 3)
+    outcomes = unit * channels * (2 if sum(joined) == channels else 3)
     rest = unit * (both * (2 if joined[1] else 1) + 2 * wide)
     passing = pixels * max(both, wide) * (2 * FLOAT + sizes.width)
     paths = (f"unet/{name}resnets/{index}/",)
@@ -199,7 +202,8 @@ def _layer(
         rest, outcomes = rest + unit * wide + more, outcomes + products
         passing = max(passing, moving)
         paths += (f"unet/{name}attentions/{index}/",)
-    return Layer(paths, name, unit * sizes.lanes(joined[0]), rest, outcomes, passing)
+    entry, between = unit * sizes.lanes(joined[0]), rest - outcomes * wide / channels
+    return Layer(paths, name, entry, rest, outcomes, between, passing)
 
 
 def _transformer(
@@ -216,7 +220,9 @@ def _transformer(
     # Norms and sums around the three parts; query, key, value, outcome of self-attention and query
     # and outcome of the other; the gate's and the value's halves, and the two factors of GEGLU.
     kept = 9 * wide + 2 * wide / share + 6 * in_heads + fused + over_caption + 4 * hidden
-    products = 4 * wide + 4 * wide / share + 2 * hidden
+    # Outcomes of products alone are stored with their pixels along the lanes: not filled up.
+    plain = pixels * channels * sizes.width
+    products = (4 + (4 + 2 * FEED_FORWARD_FACTOR) / share) * plain
     return kept, products, passing + 3 * in_heads + 2 * hidden
 
 
@@ -243,5 +249,6 @@ def _text_layer(text: TextEncoderConfig, sizes: _Sizes, path: str) -> Layer:
         entry=unit * wide,
         rest=rest,
         products=rest,
+        between=0,
         passing=FLOAT * tokens * hidden + weights,
     )

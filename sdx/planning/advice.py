@@ -91,10 +91,9 @@ class _Trial:
 
     def __init__(self, found: Estimate):
         self._level = found.level
-        self._networks = found.held.networks
-        self._usable = found.usable_bytes or 0
-        self._config = found.config
-        self._held: dict[tuple[object, ...], arrays.Arrays] = {}
+        self._config = config = found.config
+        kind = (config.optimizer.kind, config.train.ema, config.train.text_encoder)
+        self._held: dict[tuple[object, ...], arrays.Arrays] = {kind: found.held}
 
     def all(
         self, chosen: Iterator[Sequence[Sequence[Change]]], *, changes_training: bool
@@ -126,12 +125,16 @@ class _Trial:
         return Advice(typed, found.device_bytes.total, changes_training, ", ".join(notes) or None)
 
     def _estimate(self, config: Config) -> Estimate:
-        key = (str(config.mesh), config.optimizer.kind, config.train.ema, config.train.text_encoder)
-        key = (*key, config.data.cache)
+        return complete(config, self._arrays(config), self._level)
+
+    def _arrays(self, config: Config) -> arrays.Arrays:
+        """Made once for each mesh, its shapes once for each kind of state."""
+        kind = (config.optimizer.kind, config.train.ema, config.train.text_encoder)
+        key = (*kind, str(config.mesh))
         if key not in self._held:
-            same = config.train.text_encoder == self._config.train.text_encoder
-            self._held[key] = arrays.describe(config, self._networks if same else None)
-        return complete(config, self._held[key], self._level)
+            self._held[key] = arrays.describe(config, self._held.get(kind))
+            self._held.setdefault(kind, self._held[key])
+        return self._held[key]
 
 
 def _best(answers: list[Advice]) -> list[Advice]:

@@ -16,12 +16,18 @@ from sdx.config.errors import ConfigError, Problem
 from sdx.config.schema import Config, Platform
 from sdx.config.sizes import Size
 from sdx.models.attention import dot_product_attention
-from sdx.models.networks import Networks, make_networks
+from sdx.models.networks import make_networks
 from sdx.parallel.sharding import path_name
 from sdx.planning.activations import LANES
 from sdx.planning.temporaries import Weights
 from sdx.training.optimizer import make_optimizer
-from sdx.training.program import Batch, abstract_arrays, abstract_batch, check_batch
+from sdx.training.program import (
+    Batch,
+    abstract_arrays,
+    abstract_batch,
+    check_batch,
+    placed_arrays,
+)
 from sdx.training.state import Params, TrainState
 
 SUBLANES = 8
@@ -36,11 +42,10 @@ class Arrays:
     frozen: Params
     batch: Batch
     global_batch_size: int
-    networks: Networks
 
 
-def describe(config: Config, networks: Networks | None = None) -> Arrays:
-    """What a run of `config` holds; `networks` are those of a plan before, for the same weights.
+def describe(config: Config, like: Arrays | None = None) -> Arrays:
+    """What a run of `config` holds; `like` is that of a run with the same state on another mesh.
 
     Raises ConfigError where the number of devices is not given or the mesh does not fit them, and
     BatchError where the batch does not.
@@ -48,13 +53,13 @@ def describe(config: Config, networks: Networks | None = None) -> Arrays:
     mesh = described_mesh(config)
     size = resolve.global_batch_size(config, mesh.size)
     check_batch(config, mesh, size)
-    names = ("unet", "text_encoder") if config.train.text_encoder else ("unet",)
-    optimizer = make_optimizer(config.optimizer, dict.fromkeys(names, jnp.float32))
-    networks = networks or _networks(config)
-    state, frozen = abstract_arrays(config, mesh, networks, optimizer)
+    if like is None:
+        state, frozen = _arrays(config, mesh)
+    else:
+        state, frozen = placed_arrays(mesh, like.state, like.frozen)
     side = resolve.resolution(config)
     batch = batch_of(config, mesh, size, (side, side))
-    return Arrays(mesh, state, frozen, batch, size, networks)
+    return Arrays(mesh, state, frozen, batch, size)
 
 
 def batch_of(config: Config, mesh: AbstractMesh, size: int, image: Size) -> Batch:
@@ -136,10 +141,13 @@ def trained_weights(state: TrainState) -> Mapping[str, Weights]:
     }
 
 
-def _networks(config: Config) -> Networks:
-    return make_networks(
+def _arrays(config: Config, mesh: AbstractMesh) -> tuple[TrainState, Params]:
+    names = ("unet", "text_encoder") if config.train.text_encoder else ("unet",)
+    optimizer = make_optimizer(config.optimizer, dict.fromkeys(names, jnp.float32))
+    networks = make_networks(
         config.model,
         attention=dot_product_attention,  # has no parameters
         dtype=resolve.activations_dtype(config),
         trains_text_encoder=config.train.text_encoder,
     )
+    return abstract_arrays(config, mesh, networks, optimizer)

@@ -69,7 +69,7 @@ def _work(found: Estimate) -> Iterator[Row]:
     yield (
         "work",
         f"{_number(work.image / 1e12)} TFLOP an image: UNet {_number(work.unet_training / 1e12)}, "
-        f"autoencoder {_number(work.vae / 1e12)}, text encoder {_number(work.text_encoder / 1e12)}",
+        f"autoencoder {_number(work.vae / 1e12)}, text {_number(work.text_encoder / 1e12)}",
     )
     yield "", f"UNet forward {work.unet_forward / 2e9:,.1f} GMACs, attention's products included"
     whole = work.image * found.global_batch_size
@@ -136,7 +136,7 @@ def _capacity(found: Estimate) -> str:
     if found.usable_bytes is None:
         return f"{margin}; the device's memory is not known (hardware.hbm_gib)"
     memory = found.config.hardware.hbm_gib
-    return f"of {size(found.usable_bytes)} that programs may have of {memory:g} GiB; {margin}"
+    return f"of {size(found.usable_bytes)} (programs' part of {memory:g} GiB); {margin}"
 
 
 def _resolutions(found: tuple[Estimate, ...]) -> Iterator[Row]:

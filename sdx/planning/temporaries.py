@@ -121,7 +121,7 @@ def _recomputed(layers: Sequence[Layer], index: int, remat: Remat) -> float:
     layer = layers[index]
     if remat is Remat.none:
         return 0
-    return layer.rest - (layer.products if remat is Remat.dots else 0)
+    return layer.between if remat is Remat.dots else layer.rest
 
 
 def _below(layer: Layer, weights: Mapping[str, Weights]) -> Weights:

@@ -276,10 +276,16 @@ def abstract_arrays(
     devices."""
     trained, frozen = _trained_and_frozen(config, networks)
     start = partial(initial_state, optimizer=optimizer, ema=config.train.ema)
-    state = jax.eval_shape(start, trained)
+    return placed_arrays(mesh, jax.eval_shape(start, trained), frozen)
+
+
+def placed_arrays(
+    mesh: sharding.AnyMesh, state: TrainState, frozen: Params
+) -> tuple[TrainState, Params]:
+    """A state and frozen parameters, as shapes, with their places on `mesh`."""
     places = {
         name: sharding.parameter_shardings(params, mesh, RULES[name])
-        for name, params in trained.items()
+        for name, params in state.params.items()
     }
     return (
         _placed(state, sharding.state_shardings(state, state.params, places, mesh)),

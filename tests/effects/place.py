@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from pytest import approx
 
+from sdx.experiment.planning import make_plan
 from sdx.parallel import sharding
 from sdx.parallel.mesh import MeshError, make_mesh
 from sdx.planning.estimate import estimate
@@ -49,9 +50,9 @@ def planned(label: str) -> Observer:
     """A line of sdx.plan, by its label; the title for an empty one."""
 
     def observe(case: Case) -> str:
-        title, *lines = render(estimate(case.config)).splitlines()
-        rows = dict(line.strip().split("  ", 1) for line in lines)
-        return rows[label].strip() if label else title
+        title, *lines = render(make_plan(case.config, compiles=False, level="O0")).splitlines()
+        rows = {line[:16].strip(): line[16:] for line in lines}
+        return rows[label] if label else title
 
     return observe
 
@@ -85,9 +86,9 @@ def passes(case: Case) -> list[int]:
 def rate_at_peak(case: Case) -> float | None:
     """Images a second with every device at its peak, by the work of one image; in TFLOP/s."""
     found = estimate(case.config)
-    if found.max_images_per_s is None:
+    if found.speed.roofline is None:
         return None
-    return found.max_images_per_s * found.flops_per_step / found.global_batch_size / 1e12
+    return found.speed.roofline * found.work.done / 1e12
 
 
 def moments_held(case: Case) -> float:
@@ -171,7 +172,7 @@ EFFECTS = [
         "hardware.num_hosts",
         "2",
         planned("devices"),
-        "4 on 1 host, mesh data 4 x fsdp 1 x tensor 1",
+        "4, mesh data 4 x fsdp 1 x tensor 1",
         "4 on 2 hosts, mesh data 4 x fsdp 1 x tensor 1",
         given=CHIPS,
     ),
@@ -179,8 +180,23 @@ EFFECTS = [
         "hardware.hbm_gib",
         "1e-3",
         lambda case: estimate(case.config).fits,
-        "unknown",
+        "undecided",
         "no",
+    ),
+    Effect(
+        "hardware.hbm_gbps",
+        "1e-3",
+        lambda case: estimate(case.config).speed.bound_by,
+        "compute",
+        "memory",
+        given=("hardware.peak_tflops=1",),
+    ),
+    Effect(
+        "hardware.host_memory_gib",
+        "0.5",
+        lambda case: estimate(case.config).host.fits,
+        None,
+        False,
     ),
     Effect(
         "hardware.peak_tflops",

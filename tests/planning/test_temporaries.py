@@ -6,11 +6,8 @@ import pytest
 
 from sdx.planning.estimate import MARGIN, Estimate, estimate
 from sdx.planning.temporaries import HABITS
-from tests.planning.points import FITTED, JUDGED, Point
 from tests.config.quick import quick
-
-UNUSED_ARGUMENTS = 1e-2
-"""Share by which exact bytes may differ from XLA's arguments."""
+from tests.planning.points import FITTED, JUDGED, Point
 
 
 def planned(point: Point) -> Estimate:
