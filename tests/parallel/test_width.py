@@ -66,4 +66,5 @@ def test_a_width_that_does_not_divide_stays_whole() -> None:
     place = sharding.over_width(micro_mesh(8, data=1, tensor=8))
     assert place is not None
     assert place(jnp.ones((2, 3))).sharding.is_fully_replicated
-    assert place(jnp.ones((2, 16))).sharding.spec == P(None, "tensor")
+    placed: Any = place(jnp.ones((2, 16))).sharding
+    assert placed.spec == P(None, "tensor")
