@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+DONATED = 0.95  # weights, moments and average are a quarter each: none may be missing
 SHOWN_LINES = 15  # of what a compiler that failed left on standard error
 
 
@@ -83,8 +84,8 @@ class CompiledProgram:
 
     @property
     def donated(self) -> bool:
-        """Whether all outputs of a size to matter take the place of arguments."""
-        return self.bytes is not None and self.bytes.outputs - self.bytes.aliased < 2**20
+        """Whether outputs take the place of arguments, metrics and padding aside."""
+        return self.bytes is not None and self.bytes.aliased > DONATED * self.bytes.outputs
 
 
 @dataclass(frozen=True)
