@@ -388,5 +388,7 @@ def _among(processes: set[int]) -> ocp.options.MultiprocessingOptions:
     """These read or write together. Named, they meet at barriers of the coordination service;
     Orbax's default are collectives of the devices, which must not fall between those of a step."""
     return ocp.options.MultiprocessingOptions(
-        primary_host=min(processes), active_processes=processes
+        primary_host=min(processes),
+        active_processes=processes,
+        barrier_sync_key_prefix=f"sdx-{len(processes)}",  # a barrier has always the same members
     )
