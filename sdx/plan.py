@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from sdx.config.cli import run
 from sdx.config.command_keys import PlanKeys, Report
-from sdx.config.errors import ConfigError
+from sdx.config.errors import ConfigError, Problem
 from sdx.config.schema import Config
 
 FITS, FAILED, REFUSED, DOES_NOT_FIT = 0, 1, 2, 3
@@ -26,6 +26,7 @@ def plan(config: Config, _: list[str], keys: PlanKeys) -> int:
     from sdx.training.program import BatchError
 
     try:
+        _refuse_rehearsal(config)
         found = make_plan(config, compiles=keys.compile, level=keys.optimization_level.name)
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -38,6 +39,12 @@ def plan(config: Config, _: list[str], keys: PlanKeys) -> int:
         return FAILED
     print(to_json(found) if keys.report is Report.json else render(found))
     return DOES_NOT_FIT if found.fits == "no" else FITS
+
+
+def _refuse_rehearsal(config: Config) -> None:
+    if config.hardware.simulate:
+        rule = "sdx.plan is about the hardware itself, which sdx.train rehearses with it"
+        raise ConfigError([Problem("hardware.simulate", "true", rule, "leave it out")])
 
 
 if __name__ == "__main__":

@@ -68,3 +68,11 @@ def test_jax_is_not_imported_before_it_is_needed(repository: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "python -m sdx.plan" in done.stdout and "plan    what" in done.stdout
     assert "optimization_level" in done.stdout
+
+
+@pytest.mark.fast
+def test_nothing_is_rehearsed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["hardware=tpu_v4_8", "hardware.simulate=true"]) == 2
+    assert (
+        "hardware.simulate=true: sdx.plan is about the hardware itself" in capsys.readouterr().err
+    )

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from sdx.config.compose import to_yaml
 from sdx.config.schema import Config
 from sdx.parallel.place import ENDED_WITH_RUN
 
@@ -73,6 +72,8 @@ class _Hosts:
     """A process for each host, started."""
 
     def __init__(self, command: str, config: Config, overrides: Sequence[str], folder: Path):
+        from sdx.config.compose import to_yaml  # brings Hydra, which other starts need not wait for
+
         saved = folder / "config.yaml"
         saved.write_text(to_yaml(config), encoding="utf-8")
         self._logs = [folder / f"{n}.log" for n in range(config.hardware.num_hosts)]
