@@ -8,13 +8,16 @@ biases (torch/nn/modules/linear.py and conv.py, `reset_parameters`).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.extend.random import threefry2x32_p
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Real
 
@@ -298,6 +301,33 @@ def draw(law: str, key: Array | None, shape: tuple[int, ...]) -> Float[Array, "*
     if law == "uniform":
         return jax.random.uniform(key, shape, minval=-1.0)
     return jax.random.normal(key, shape)
+
+
+def draw_parts(
+    law: str, key: Array | None, starts: Sequence[int], shape: tuple[int, ...]
+) -> Float[Array, "..."]:
+    """Numbers of `draw`, for each part those from its start on, the same as in a draw of all.
+
+    Each is a function of the key and its place, so that devices that share an array compute their
+    own part, where a slice of a whole draw would be drawn whole by each. (JAX's partitionable
+    Threefry, and its way from bits to numbers: jax/_src/prng.py, random.py.)
+    """
+    whole = (len(starts), *shape)
+    if law == "constant":
+        return jnp.ones(whole)
+    assert key is not None
+    place = jnp.asarray(starts, jnp.uint32).reshape(-1, *(1 for _ in shape))
+    place = jnp.broadcast_to(place, whole)
+    for dim in range(len(shape)):
+        stride = jnp.uint32(math.prod(shape[dim + 1 :]))
+        place += stride * jax.lax.broadcasted_iota(jnp.uint32, whole, dim + 1)
+    words = jax.random.key_data(key)
+    high, low = threefry2x32_p.bind(words[0], words[1], jnp.zeros_like(place), place)
+    mantissa = jax.lax.shift_right_logical(high ^ low, jnp.uint32(9)) | jnp.uint32(0x3F800000)
+    number = jax.lax.bitcast_convert_type(mantissa, jnp.float32) - 1.0  # in [0, 1)
+    least = np.float32(-1) if law == "uniform" else np.nextafter(np.float32(-1), np.float32(0))
+    number = jnp.maximum(least, number * (np.float32(1) - least) + least)
+    return number if law == "uniform" else np.float32(math.sqrt(2)) * jax.lax.erf_inv(number)
 
 
 def _product_value(

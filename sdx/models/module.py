@@ -16,7 +16,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from sdx.models.layers import LAWS, draw
+from sdx.models.layers import LAWS, draw, draw_parts
 
 Params = dict[str, Any]  # nested; leaves are arrays, or ShapeDtypeStructs where abstract
 Path = tuple[str, ...]
@@ -28,20 +28,21 @@ class Pure:
     def __init__(self, make: Callable[[nnx.Rngs], nnx.Module]):
         self._make = make
 
-    def init(self, key: Array) -> Params:
+    def init(self, key: Array, *, in_parts: bool = False) -> Params:
         """Random parameters, a function of `key` alone; jit it to make them sharded.
 
         All parameters of one law are slices of one draw: XLA:CPU compiles a draw in about a second,
-        and a small UNet has two hundred parameters.
+        and a small UNet has two hundred parameters. With `in_parts` they are the same numbers, but
+        none is computed where it does not lie: for devices that share the parameters.
         """
         values = {}
         for law in LAWS:
             alike = {path: v for path, v in self._variables.items() if v.initial.law == law}
-            ends = list(accumulate(math.prod(v.shape) for v in alike.values()))
-            pool = draw(law, jax.random.fold_in(key, LAWS.index(law)), (sum(ends[-1:]),))
-            for (path, v), start, end in zip(alike.items(), [0, *ends], ends, strict=False):
-                value = v.initial.spread * pool[start:end].reshape(v.shape)
-                values[path] = value.astype(v.dtype)
+            drawn = (_slices if in_parts else _cuts)(
+                law, jax.random.fold_in(key, LAWS.index(law)), [v.shape for v in alike.values()]
+            )
+            for (path, v), numbers in zip(alike.items(), drawn, strict=True):
+                values[path] = (v.initial.spread * numbers).astype(v.dtype)
         return nested({path: values[path] for path in self._variables})
 
     def abstract(self) -> Params:
@@ -68,6 +69,25 @@ class Pure:
 def pure(make: Callable[[nnx.Rngs], nnx.Module]) -> Pure:
     """The network that `make` builds from its random streams, as pure functions."""
     return Pure(make)
+
+
+def _cuts(law: str, key: Array, shapes: list[tuple[int, ...]]) -> list[Array]:
+    """One draw, cut up."""
+    ends = list(accumulate(map(math.prod, shapes)))
+    pool = draw(law, key, (sum(ends[-1:]),))
+    starts = zip([0, *ends], ends, shapes, strict=False)
+    return [pool[start:end].reshape(shape) for start, end, shape in starts]
+
+
+def _slices(law: str, key: Array, shapes: list[tuple[int, ...]]) -> list[Array]:
+    """The same arrays, those of one shape together and each number where it lies."""
+    starts = [0, *accumulate(map(math.prod, shapes))]
+    arrays: dict[int, Array] = {}
+    for shape in dict.fromkeys(shapes):
+        alike = [i for i, other in enumerate(shapes) if other == shape]
+        drawn = draw_parts(law, key, [starts[i] for i in alike], shape)
+        arrays |= dict(zip(alike, drawn, strict=True))
+    return [arrays[i] for i in range(len(shapes))]
 
 
 def flat(params: Params) -> dict[Path, Any]:

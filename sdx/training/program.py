@@ -143,7 +143,8 @@ class Program:
 
     def _random(self, name: str, place: Any) -> Params:
         key = jax.random.fold_in(jax.random.key(self.rule.seed), INIT_STREAMS[name])
-        return jax.jit(getattr(self.networks, name).init, out_shardings=place)(key)
+        draw = partial(getattr(self.networks, name).init, in_parts=self.mesh.size > 1)
+        return jax.jit(draw, out_shardings=place)(key)
 
     def place_frozen(self, **weights: Params) -> Params:
         """The frozen networks' weights where `encode` wants them."""
