@@ -22,10 +22,11 @@ from sdx.planning.collectives import Collective
 
 GIB = 2**30
 # For JAX and libtpu where the chips are not: no other platform is looked for, no metadata server is
-# asked (it would be waited for), and several processes may load libtpu at once (else the second one
-# fails on a lock file).
+# asked (it would be waited for), several processes may load libtpu at once (else the second one
+# fails on a lock file), and nothing is cached: only the chips could read it again.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
 from sdx.config.compose import to_yaml
@@ -53,11 +54,15 @@ TWO_SLICES = HardwareConfig(
 
 @pytest.fixture(scope="module", autouse=True)
 def environment() -> Iterator[None]:
-    """What libtpu is told does not outlast these tests."""
+    """As in the process that compiles; nothing of it outlasts these tests."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
         yield
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
 
 
 def on(hardware: HardwareConfig) -> Config:
