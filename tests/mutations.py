@@ -26,6 +26,8 @@ FORWARD = "tests/parity/test_forward.py"
 GRADIENTS = "tests/parity/test_training.py::test_gradients_of_every_parameter"
 PIPELINE = "tests/test_pipeline.py"
 STEP = "tests/training/test_step.py"
+CHECKPOINTS = "tests/training/test_checkpoint_processes.py"
+PROCESSES = "tests/experiment/test_processes.py"
 
 
 @dataclass(frozen=True)
@@ -417,6 +419,34 @@ MUTATIONS = (
         ("tests/parallel/test_rehearsal.py::test_hosts_die_with_the_command",),
     ),
     Mutation(
+        "every process removes the draft of a checkpoint, whether it is published or not",
+        "sdx/training/checkpoint.py",
+        "            if is_first():  # what another removed, the first one could not publish",
+        "            if True:",
+        (f"{CHECKPOINTS}::test_written_by_four_restored_by_two_and_one_and_back",),
+    ),
+    Mutation(
+        "the sum that sends one copy to the others is one of floats",
+        "sdx/training/replicas.py",
+        "    bits = jax.lax.bitcast_convert_type(copies, kind)",
+        "    return jnp.sum(copies, axis=0)",
+        (f"{CHECKPOINTS}::test_one_copy_is_read_and_all_have_it",),
+    ),
+    Mutation(
+        "every process reads the first rows of the batch",
+        "sdx/experiment/attempt.py",
+        "                rows=program.host_rows,",
+        "                rows=range(len(program.host_rows)),",
+        (f"{PROCESSES}::test_each_process_reads_its_own_part_of_the_same_batch",),
+    ),
+    Mutation(
+        "hosts with other data are not found out",
+        "sdx/experiment/hosts.py",
+        "        if theirs.get(name) != first[name]:",
+        "        if False:",
+        (f"{PROCESSES}::test_hosts_with_other_data_or_another_command_are_named",),
+    ),
+    Mutation(
         "attention.shard_sequence splits nothing",
         "sdx/models/attention_mesh.py",
         'return P(batch, "tensor"), P(batch)',
@@ -443,6 +473,76 @@ MUTATIONS = (
         "row = (jnp.arange(padded) < num_keys).astype(jnp.int32)",
         "row = jnp.ones(padded, jnp.int32)",
         ("tests/models/test_attention_kernels.py::test_kernels_are_the_plain_products",),
+    ),
+    Mutation(
+        "GPUs of one host are parted by the number of their process",
+        "sdx/parallel/mesh.py",
+        'return getattr(device, "slice_index", 0) or 0, device.process_index, device.id',
+        "return 0, device.process_index, device.id",
+        (
+            "tests/parallel/test_mesh.py::test_gpus_are_grouped_by_host_however_processes_are_numbered",
+        ),
+    ),
+    Mutation(
+        "a batch over slices need only divide over one of them",
+        "sdx/config/check_mesh.py",
+        "return math.prod(sizes.total[:2])",
+        "return math.prod(sizes.ici[:2])",
+        ("tests/config/test_check.py::test_rule[batch over slices]",),
+    ),
+    Mutation(
+        "devices that share a feed-forward layer exchange its activations",
+        "sdx/parallel/sharding.py",
+        'return OverWidth(mesh) if mesh.shape["tensor"] > 1 else None',
+        "return None",
+        ("tests/parallel/test_width.py",),
+    ),
+    Mutation(
+        "every device draws the whole network at random",
+        "sdx/models/module.py",
+        "(_slices if in_parts else _cuts)(",
+        "_cuts(",
+        ("tests/parallel/test_start.py::test_no_device_draws_what_it_does_not_hold",),
+    ),
+    Mutation(
+        "the state handed to a step is kept beside the next one",
+        "sdx/training/program.py",
+        "            donate_argnums=0,\n",
+        "",
+        ("tests/training/test_meshes.py::test_no_mesh_changes_the_numbers",),
+    ),
+    Mutation(
+        "sdx.plan: accumulation divides the images that are encoded at once",
+        "sdx/planning/estimate.py",
+        "        images=images,",
+        "        images=images / config.train.gradient_accumulation,",
+        (
+            "tests/planning/test_estimate.py::"
+            "test_encoding_takes_whole_updates_and_nothing_from_a_cache",
+        ),
+    ),
+    Mutation(
+        "sdx.plan: arrays of a TPU are counted without their tiles",
+        "sdx/planning/arrays.py",
+        "    stored = tpu_numbers if platform is Platform.tpu else math.prod",
+        "    stored = math.prod",
+        ("tests/planning/test_temporaries.py",),
+    ),
+    Mutation(
+        "sdx.plan: a compiler that differs from the estimate is not heard",
+        "sdx/planning/verdict.py",
+        """    if compiled_fits is None:
+        return estimate.fits""",
+        """    if compiled_fits is not True:
+        return estimate.fits""",
+        ("tests/planning/test_report.py",),
+    ),
+    Mutation(
+        "remat=dots does not see the products",
+        "sdx/models/layers.py",
+        "    return _product_value(x, kernel, precision), (x, kernel)",
+        "    return _product(x, kernel, precision), (x, kernel)",
+        ("tests/models/test_unet.py::test_what_is_recomputed",),
     ),
 )
 
