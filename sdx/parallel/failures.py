@@ -32,7 +32,8 @@ _EVERY_S = 0.5
 _RECORD_S, _LEAVE_S = 10.0, 5.0  # for writing the record, and for the others to have seen it
 # How collectives end where another process is gone: that one, not this, is what the user looks for.
 _CONSEQUENCE = re.compile(
-    r"gloo|nccl|rccl|connection (reset|closed)|socket closed|broken pipe", re.I
+    r"Error: [A-Z_]+: .*(gloo|nccl|rccl|connection (reset|closed)|socket closed)",
+    re.DOTALL | re.IGNORECASE,
 )
 _MOST_CHARACTERS = 20_000  # of a traceback
 _FAILURE, _ALIVE, _LEFT = "sdx/failure/", "sdx/alive/", "sdx/left/"  # folders of keys
