@@ -488,7 +488,7 @@ MUTATIONS = (
         "sdx/config/check_mesh.py",
         "return math.prod(sizes.total[:2])",
         "return math.prod(sizes.ici[:2])",
-        ("tests/config/test_check.py::test_rule[batch over slices]",),
+        ("tests/config/test_check.py::test_rule",),
     ),
     Mutation(
         "devices that share a feed-forward layer exchange its activations",

@@ -26,13 +26,16 @@ class Habits:
     around: float
     """Bytes for a number of a layer's whole weights while it is at work: copies in the compute
     type, gathered where they are spread, and their gradient before that is spread."""
+    waiting: float
+    """Bytes for a number that lies on other devices: gradients of whole layers, and weights that
+    were gathered, until the collective that they share."""
     encoding: float
     """Bytes for one of the autoencoder's largest arrays."""
 
 
 HABITS: Mapping[str, Habits] = {
-    "O0": Habits(kept=0.96, passing=1.0, gradient=2.0, around=2.5, encoding=1.4),
-    "default": Habits(kept=0.93, passing=1.0, gradient=2.0, around=2.5, encoding=1.4),
+    "O0": Habits(kept=0.96, passing=1.0, gradient=2.0, around=2.0, waiting=0.6, encoding=1.4),
+    "default": Habits(kept=0.93, passing=1.0, gradient=2.0, around=2.0, waiting=0.6, encoding=1.4),
 }
 """By optimisation level; nothing was fitted at the others, which count as the default."""
 
@@ -81,7 +84,8 @@ def step_bytes(
         layers = [*text_layers(config, share.tensor), *layers]
     held = [_below(layer, weights) for layer in layers]
     total = sum(one.on_device for one in weights.values())
-    behind, highest = 0.0, 0.0
+    whole = sum(one.whole for one in weights.values())
+    behind, highest = habits.waiting * (whole - total), 0.0
     kept = [_kept(layer, remat) for layer in layers]
     for index in reversed(range(len(layers))):
         layer, own = layers[index], held[index]

@@ -14,7 +14,7 @@ def planned(point: Point) -> Estimate:
     return estimate(quick(re.split(r" +", point.overrides)), point.level)
 
 
-@pytest.mark.parametrize("point", JUDGED, ids=lambda point: point.overrides[-60:])
+@pytest.mark.parametrize("point", JUDGED, ids=lambda point: f"{point.program} {point.temporaries}")
 def test_points_that_fitted_nothing(point: Point) -> None:
     held = planned(point).device_bytes
     estimated = held.step.total if point.program == "step" else held.encode
