@@ -1,12 +1,16 @@
 """Two real processes: signals and errors of one end both, at the same step or with its reason."""
 
+import json
+import re
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
+from tests.experiment.conftest import MICRO
 from tests.processes import Ended, Processes, started
 
 LOOP = ["-m", "tests.parallel.loop"]
@@ -71,6 +75,34 @@ def test_an_error_of_the_first_ends_both() -> None:
     assert result.codes == [1, 1], result
     assert "failed: OSError: the disk is gone" in result.outputs[0], result
     assert "ended with the whole run: OSError: the disk is gone" in result.outputs[1], result
+
+
+# sdx.train whose second process cannot read weights, while the first may be compiling.
+BROKEN_TRAIN = """
+import sys
+from sdx.experiment.attempt import Attempt
+from sdx.train import main
+def broken(attempt):
+    raise OSError("the disk is gone")
+if "distributed.process_id=1" in sys.argv:
+    Attempt._compile = broken
+sys.exit(main())
+"""
+
+
+def test_the_record_of_a_run_has_the_traceback_of_the_process_that_failed(tmp_path: Path) -> None:
+    overrides = (*MICRO, "hardware.num_devices=2", "mesh=dp", "run.name=run")
+    with started(["-c", BROKEN_TRAIN, *overrides], folder=tmp_path) as processes:
+        processes.wait_until_said(0, "tiny on shapes")
+        result = ended(processes, 30)
+    assert result.codes == [1, 1], result
+    run = tmp_path / "outputs" / "run"
+    log, status = (run / "log.txt").read_text(), json.loads((run / "status.json").read_text())
+    assert "in broken\n" in log and "OSError: the disk is gone" in log
+    assert status["status"] == "failed"
+    assert re.fullmatch(r"process 1 of 2 on \S+: OSError: the disk is gone", status["reason"])
+    assert status["reason"] in log and status["reason"] in result.outputs[0]
+    assert not (run / "lock.json").exists() and "Check failure" not in str(result)
 
 
 def test_the_death_of_one_ends_the_other_within_the_heartbeat() -> None:
