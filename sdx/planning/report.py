@@ -71,7 +71,7 @@ def _work(found: Estimate) -> Iterator[Row]:
         f"{_number(work.image / 1e12)} TFLOP an image: UNet {_number(work.unet_training / 1e12)}, "
         f"autoencoder {_number(work.vae / 1e12)}, text {_number(work.text_encoder / 1e12)}",
     )
-    yield "", f"UNet forward {work.unet_forward / 2e9:,.1f} GMACs, attention's products included"
+    yield "", f"UNet forward {_macs(found)} GMACs, attention's products included"
     whole = work.image * found.global_batch_size
     yield (
         "",
@@ -146,7 +146,7 @@ def _resolutions(found: tuple[Estimate, ...]) -> Iterator[Row]:
     heads = [f"{w} x {h}" + ("*" if one is own else "") for one in columns for h, w in [one.image]]
     table = {
         "at (* this run)": heads,
-        "  GMACs": [f"{one.work.unet_forward / 2e9:,.1f}" for one in columns],
+        "  GMACs": [_macs(one) for one in columns],
         "  TFLOP/image": [_number(one.work.image / 1e12) for one in columns],
         "  one device": [size(one.device_bytes.total) for one in columns],
         "  fits": [one.fits for one in columns],
@@ -245,6 +245,12 @@ def _reason(plan: Plan) -> str:
     elif found.fits == "undecided":
         of += ", and its margin decides; compile=true tells more"
     return of
+
+
+def _macs(found: Estimate) -> str:
+    """Multiply-adds of the UNet's forward pass, in billions."""
+    macs = found.work.unet_forward / 2e9
+    return f"{macs:,.1f}" if macs >= 1 else _number(macs)
 
 
 def _number(value: float) -> str:

@@ -62,7 +62,7 @@ class Speed:
     bound_by: str | None
     """`compute` or `memory`."""
     forecast: float | None
-    """At the MFU of `anchor`."""
+    """At the MFU of `anchor`, where the roofline allows it."""
     anchor: Anchor | None
 
 
@@ -123,7 +123,8 @@ def speed_of(
         return Speed(None, None, None, None)
     bound_by = max(seconds, key=lambda name: seconds[name])
     roofline = global_batch_size / seconds[bound_by]
-    forecast = None if forecast is None else min(forecast, roofline)
+    if forecast is not None and forecast > roofline:
+        forecast = None  # a model whose traffic no MFU of large ones tells of
     return Speed(roofline, bound_by, forecast, None if forecast is None else anchor)
 
 

@@ -9,6 +9,7 @@ import pytest
 from sdx.experiment.planning import make_plan
 from sdx.planning.collectives import Collective
 from sdx.planning.compiled import CompiledProgram, CompiledReport, Overflow, ProgramBytes
+from sdx.planning.estimate import estimate
 from sdx.planning.report import WIDTH, render
 from sdx.planning.report_json import to_json
 from sdx.planning.verdict import Plan, combined
@@ -20,11 +21,12 @@ NUMBERS = {
     "num_devices", "num_hosts", "parameters", "global_batch_size", "flops_per_step",
     "images_per_s_roofline", "checkpoint_bytes", "host_memory_bytes", "flops_per_image",
 }  # fmt: skip
+TYPED = ("hardware=tpu_v5e_8", "train.global_batch_size=16")
 HELD = {"parameters", "ema", "optimizer", "gradients", "frozen", "inputs", "activations", "total"}
 
 
 def planned(*overrides: str) -> Plan:
-    return make_plan(quick(["hardware=tpu_v5e_8", *overrides]), compiles=False, level="O0")
+    return make_plan(quick([*TYPED, *overrides]), compiles=False, level="O0")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def plan() -> Plan:
 
 
 def program(total: int, overflow: Overflow | None = None) -> CompiledProgram:
-    held = ProgramBytes(0, 0, 0, total, total, 0)
+    held = ProgramBytes(2**22, 2**22, 2**22, total, total, 0)
     return CompiledProgram(
         bytes=None if overflow else held,
         overflow=overflow,
@@ -93,17 +95,17 @@ def test_json_of_what_was_compiled(plan: Plan) -> None:
         ((), SMALL, "yes"),
         ((), LARGE, "undecided"),
         (("hardware.hbm_gib=0.26",), SMALL, "no"),
-        (("hardware.hbm_gib=1.3",), SMALL, "yes"),
+        (("hardware.hbm_gib=1.4",), SMALL, "yes"),
     ],
 )
 def test_the_compilers_answer_and_the_estimates(
     overrides: tuple[str, ...], step: CompiledProgram, fits: str
 ) -> None:
-    assert combined(planned(*overrides).estimate, compiled(step)) == fits
+    assert combined(estimate(quick([*TYPED, *overrides])), compiled(step)) == fits
 
 
 def test_the_estimate_alone_refuses_and_a_compiler_that_differs_leaves_it_open() -> None:
-    found = planned("hardware.hbm_gib=0.26").estimate
+    found = estimate(quick([*TYPED, "hardware.hbm_gib=0.26"]))
     assert combined(found, None) == "no"
     tiny = compiled(program(2**10))
     tiny.programs["encode"] = program(2**10)
@@ -115,10 +117,11 @@ def test_the_table_is_readable_and_ends_with_the_verdict(plan: Plan) -> None:
     assert lines[0] == "tiny on tpu_v5e_8" and lines[-1].startswith("  fits          yes: ")
     assert max(map(len, lines)) <= WIDTH
     text = "\n".join(lines)
-    for part in ("8, mesh data 1 x fsdp 8", "UNet, trained", "512 x 512", "768 x 768", "32 x 32*"):
+    for part in ("8, mesh data 1 x fsdp 8", "UNet, trained", "512 x 512", "768 x 768", "64 x 64*"):
         assert part in text
-    amounts = [line[16:28] for line in lines if line[2:].startswith("  ") and "iB  " in line]
-    assert len(amounts) == 8 and all(amount[-3:] in ("GiB", "MiB") for amount in amounts)
+    rows = {"weights", "average", "optimizer", "frozen", "inputs", "step", "encode", "in all"}
+    amounts = [line[16:28] for line in lines if line[:16].strip() in rows]
+    assert len(amounts) == len(rows) and all(amount.endswith("iB") for amount in amounts)
 
 
 def test_the_table_of_what_was_compiled(plan: Plan) -> None:
