@@ -125,5 +125,5 @@ def test_a_trace_says_what_the_time_went_to(tmp_path: Path) -> None:
         with jax.profiler.trace(tmp_path / long):
             jax.block_until_ready(compiled(X))
         spent = seconds_by_part(tmp_path / long, parts_of(compiled.as_text() or ""))
-        assert spent[long] > 3 * spent[other] > 0
+        assert spent[long] > 1.3 * spent[other] > 0
         assert spent.get("unknown", 0) < 0.1 * sum(spent.values())

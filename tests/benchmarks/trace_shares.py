@@ -5,8 +5,12 @@ Layers name their operations after the part they are (`jax.named_scope` in sdx/m
 keeps that name through differentiation and fusion. A fusion is of the part that its convolution or
 product is of, else of the one most of its operations are of. Kernels that the trace gives no
 operation for, as those inside CUDA graphs, go by their names.
+
+Read is the trace's JSON: `jax.profiler.ProfileData` ends the process over some events (jax 0.12).
 """
 
+import gzip
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -54,32 +58,33 @@ def parts_of(text: str) -> dict[str, str]:
 
 def seconds_by_part(trace: Path, parts: Mapping[str, str]) -> dict[str, float]:
     """Device seconds of each part in the newest trace under `trace`."""
-    from jax.profiler import ProfileData
-
-    newest = max(trace.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    newest = max(trace.rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
+    events = json.loads(gzip.decompress(newest.read_bytes()))["traceEvents"]
     kernels = {re.sub(r"\W", "_", name): part for name, part in parts.items()}
     seconds: dict[str, float] = defaultdict(float)
-    for name, operation, duration_ns in _events(ProfileData.from_file(str(newest))):
+    for name, operation, duration_us in _on_device(events):
         part = parts.get(operation or "") or kernels.get(re.sub(r"\W", "_", name))
         if part is None and operation is not None and name == operation:
             continue  # a container
-        seconds[part or _of_kernel(name)] += duration_ns / 1e9
+        seconds[part or _of_kernel(name)] += duration_us / 1e6
     return dict(seconds)
 
 
-def _events(profile: Any) -> Iterator[tuple[str, str | None, float]]:
-    """Name, operation of the program and nanoseconds of what ran on the device: of a GPU whatever
+def _on_device(events: list[Any]) -> Iterator[tuple[str, str | None, float]]:
+    """Name, operation of the program and microseconds of what ran on the device: of a GPU whatever
     its streams did, of a CPU what names an operation."""
-    planes = list(profile.planes)
-    streams = [plane for plane in planes if plane.name.startswith("/device:GPU")]
-    for plane in streams or planes:
-        for line in plane.lines:
-            if streams and not line.name.startswith("Stream"):
-                continue  # the same again, summed up
-            for event in line.events:
-                operation = dict(event.stats).get("hlo_op")
-                if streams or operation is not None:
-                    yield event.name, operation, event.duration_ns
+    threads = {
+        (event["pid"], event["tid"]): event["args"]["name"]
+        for event in events
+        if event.get("name") == "thread_name"
+    }
+    streams = {place for place, name in threads.items() if name.startswith("Stream")}
+    for event in events:
+        if event.get("ph") != "X" or (streams and (event["pid"], event["tid"]) not in streams):
+            continue  # of a GPU's other rows, the same again, summed up
+        operation = event.get("args", {}).get("hlo_op")
+        if streams or operation is not None:
+            yield event["name"], operation, event.get("dur", 0.0)
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[Instruction]]]:
