@@ -158,10 +158,10 @@ def test_the_first_process_alone_writes_and_speaks(two: Run, four: Run) -> None:
         assert first.count(f"finished {STEPS} steps") == 1
         assert ["" for _ in others] == others
         assert (many.root / "log.txt").read_text().count(f"finished {STEPS} steps") == 1
-        assert [path.name for path in (many.root / "attempts").iterdir()] == ["1.json"]
+        assert [path.name for path in many.root.glob("attempts/*.json")] == ["1.json"]
         assert many.read("status.json")["status"] == "finished"
         assert not [*many.folder.glob(".sdx-*")] and not (many.root / "lock.json").exists()
-        assert "distributed.process_id: 0" not in (many.root / "config.yaml").read_text()
+        assert "process_id: 0" not in (many.root / "config.yaml").read_text()
 
 
 def test_pictures_and_export_are_those_of_one_process(one: Run, two: Run, four: Run) -> None:
@@ -252,6 +252,6 @@ def test_hosts_with_other_data_or_another_command_are_named(tmp_path: Path) -> N
     assert ended.codes == [2, 2], ended
     text = ended.outputs[0]
     assert text.count("sdx: the hosts of this run do not agree") == 1, ended
-    assert "optimizer.lr is 0.1 there, 1.0 on the first" in text
+    assert "optimizer.lr is 0.1 there, 1 on the first" in text
     assert "data is 3 examples, fingerprint " in text and "there, 2 examples, fingerprint " in text
     assert not (tmp_path / "run").exists()
