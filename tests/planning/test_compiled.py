@@ -109,16 +109,16 @@ def test_report_of_a_process(for_v5e: CompiledReport) -> None:
     assert from_json(to_json(for_v5e)) == for_v5e
 
 
-def test_slices_talk_over_the_network_between_them(
-    for_v5e: CompiledReport, for_two_slices: CompiledReport
-) -> None:
-    assert "send" not in for_v5e.programs["step"].collectives
-    found = for_two_slices.programs["step"].collectives
-    assert found["send"] == found["recv"] and found["send"].bytes > 0
-    assert found["all_gather"].count > 5
-    within = sum(found[kind].bytes for kind in ("all_reduce", "reduce_scatter") if kind in found)
-    assert found["send"].bytes < within, "each slice reduces its own gradients first"
-    assert for_two_slices.programs["step"].donated
+def test_slices_talk_over_the_network_between_them(for_two_slices: CompiledReport) -> None:
+    step = for_two_slices.programs["step"]
+    found = step.collectives
+    assert found["send"] == found["recv"] and found["send"].count > 5
+    assert found["all_gather"].count > 5 and found["all_reduce"].bytes > 0
+    assert step.donated
+
+
+def test_one_slice_has_no_such_network(for_v5e: CompiledReport) -> None:
+    assert not {"send", "recv"} & for_v5e.programs["step"].collectives.keys()
 
 
 def test_the_level_is_of_one_compilation() -> None:
