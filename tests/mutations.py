@@ -101,8 +101,8 @@ MUTATIONS = (
     Mutation(
         "latents are decoded without 1 / 0.18215",
         "sdx/pipeline.py",
-        "np.asarray(jax.device_get(clean)) / self.scaling_factor",
-        "np.asarray(jax.device_get(clean))",
+        "clean = to_host(clean) / self.scaling_factor",
+        "clean = to_host(clean)",
         (f"{PIPELINE}::test_guided_trajectory_is_diffusers",),
     ),
     Mutation(
