@@ -919,7 +919,7 @@ class CheckpointConfig:
     )
     single_replica_restore: bool = option(
         False,
-        "Read a checkpoint once, on the devices of one copy of the model, and send it to the others.",
+        "Read a checkpoint once, by the devices of one copy of the model, which send it on.",
         identity=False,
     )
 

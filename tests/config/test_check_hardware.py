@@ -45,13 +45,14 @@ RULES = {
         "hardware.chip_config=megacore: has no effect here; it needs hardware.topology.",
     ),
     "a process without its number": (
-        "hardware.num_devices=2 mesh=dp distributed.coordinator_address=h:1 distributed.num_processes=2",
+        "hardware.num_devices=2 mesh=dp distributed.coordinator_address=h:1"
+        " distributed.num_processes=2",
         "distributed.process_id=null: missing, a process needs its number and theirs; or leave all"
         " three out where SLURM or a TPU knows them.",
     ),
     "a number above theirs": (
-        "hardware.num_devices=2 mesh=dp distributed.coordinator_address=h:1 distributed.num_processes=2"
-        " distributed.process_id=2",
+        "hardware.num_devices=2 mesh=dp distributed.coordinator_address=h:1"
+        " distributed.num_processes=2 distributed.process_id=2",
         "distributed.process_id=2: must be below distributed.num_processes=2, they are numbered"
         " from 0.",
     ),

@@ -15,6 +15,8 @@ from sdx.config.schema import Config
 # They read every key alike, or only to say whether it may be as it is.
 IGNORED = ("sdx.config.check", "sdx.config.identity._", "sdx.config.leaves", "sdx.config.schema")
 
+FOR_OTHERS = ("sdx.config.resolve", "sdx.config.check_mesh")
+
 
 @contextmanager
 def recorded() -> Iterator[set[str]]:
@@ -52,8 +54,8 @@ def recorded() -> Iterator[set[str]]:
 
 
 def _caller(frame: FrameType) -> str:
-    """The function that wants to know, and its module; resolve.py asks for others."""
+    """The function that wants to know, and its module; some modules ask for others."""
     asked: FrameType | None = frame
-    while asked is not None and asked.f_globals.get("__name__") == "sdx.config.resolve":
+    while asked is not None and asked.f_globals.get("__name__") in FOR_OTHERS:
         asked = asked.f_back
     return "" if asked is None else f"{asked.f_globals.get('__name__')}.{asked.f_code.co_name}"

@@ -23,7 +23,6 @@ STARTS = (
     ("lr_schedule=cosine_with_restarts", "train.text_encoder=true"),
     ("diffusion.timestep_bias.strategy=range", "diffusion.timestep_bias.multiplier=2"),
     ("diffusion.timestep_bias.strategy=later", "diffusion.timestep_bias.multiplier=2"),
-    ("train.max_steps=null", "train.epochs=1"),
     ("train.global_batch_size=null", "train.per_device_batch_size=2"),
     ("data=imagefolder", "data.dir={files}/pictures", "data.resolution=null"),
     ("data=parquet", "data.dir={files}/tables"),
@@ -33,6 +32,7 @@ STARTS = (
     V4,
     GIVEN,
 )
+EPOCHS = ("train.max_steps=null", "train.epochs=1", "run.name=epochs")  # steps follow from the data
 ELSEWHERE = {
     "schema_version": "read from the saved file, before there is a configuration",
 }
@@ -51,6 +51,9 @@ def test_every_key_is_read(case: Callable[[Sequence[str]], Case]) -> None:
             assert len(source(start)) > 0 and long_attention(start) and wandb_run(start)
             assert [rate(jnp.int32(0)) for rate in start.program.rule.rates.values()]
         read |= found
+    with recorded() as found:
+        assert case(EPOCHS).setup.max_steps > 0
+    read |= found
     unread = [path for path in leaves() if path not in read | ELSEWHERE.keys()]
     assert unread == [], unread
     assert read & ELSEWHERE.keys() == set()
