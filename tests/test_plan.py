@@ -39,7 +39,7 @@ def test_sd21_on_a_pod_slice(repository: Path) -> None:
 
 @pytest.mark.fast
 def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["hardware=tpu_v5e_8", "mesh=dp", "hardware.hbm_gib=0.26"]) == 3
+    assert main(["hardware=tpu_v5e_8", "mesh=dp", "hardware.hbm_gib=0.01"]) == 3
     assert "fits          no" in capsys.readouterr().out
     assert main(["hardware=tpu_v5e_8", "mesh=dp", "report=json"]) == 0
     assert json.loads(capsys.readouterr().out)["fits"] == "yes"
@@ -58,7 +58,7 @@ def test_every_job_of_a_sweep_is_planned(capsys: pytest.CaptureFixture[str]) -> 
     captured = capsys.readouterr()
     names = [json.loads(line)["hardware"] for line in captured.out.splitlines()]
     assert names == ["tpu_v5e_8", "tpu_v4_8"] and "job 2 of 2" in captured.err
-    assert main(["--multirun", "hardware=tpu_v5e_8", "hardware.hbm_gib=0.26,16"]) == 3
+    assert main(["--multirun", "hardware=tpu_v5e_8", "hardware.hbm_gib=0.01,16"]) == 3
 
 
 @pytest.mark.fast

@@ -577,7 +577,11 @@ class HardwareConfig:
     )
     num_hosts: int = option(1, "Hosts (JAX processes).", at_least=1, identity=False)
     hbm_gib: float | None = option(
-        None, "Memory of one device.", unit="GiB", above=0, identity=False
+        None,
+        "Memory of one device that its driver has to give; null = unknown, nothing is said to fit.",
+        unit="GiB",
+        above=0,
+        identity=False,
     )
     peak_tflops: float | None = option(
         None,

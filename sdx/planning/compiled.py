@@ -67,7 +67,7 @@ class Overflow:
 
     needs: int
     has: int
-    """What it lets programs have: a little less than the chip's memory."""
+    """What it lets programs have: hardware.hbm_gib of a preset."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ GIB = 2**30
 MARGIN = 0.25
 """Share of the temporaries that the estimate may be wrong by."""
 JAX_GPU_FRACTION = 0.75  # XLA_PYTHON_CLIENT_MEM_FRACTION's default (docs.jax.dev, GPU memory)
-TPU_RESERVED_GIB = 0.25  # v5e's 16 GiB are 15.75 to a program (XLA's own message)
 SHOWN_SIDES = (512, 768)
 
 Fits = Literal["yes", "no", "undecided"]
@@ -188,10 +187,9 @@ def usable_bytes(config: Config) -> int | None:
     hardware = config.hardware
     if hardware.hbm_gib is None:
         return None
-    if hardware.platform is Platform.gpu:
-        return int(hardware.hbm_gib * GIB * (config.xla.memory_fraction or JAX_GPU_FRACTION))
-    reserved = TPU_RESERVED_GIB if hardware.platform is Platform.tpu else 0
-    return int((hardware.hbm_gib - reserved) * GIB)
+    is_gpu = hardware.platform is Platform.gpu
+    part = (config.xla.memory_fraction or JAX_GPU_FRACTION) if is_gpu else 1
+    return int(hardware.hbm_gib * GIB * part)
 
 
 def device_bytes(config: Config, held: Arrays, size: Size, level: str) -> DeviceBytes:

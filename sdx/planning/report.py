@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from sdx.config.schema import Platform
 from sdx.planning.compiled import CompiledProgram, CompiledReport
 from sdx.planning.estimate import GIB, Estimate
 from sdx.planning.verdict import Plan, compiler_says
@@ -135,8 +136,10 @@ def _capacity(found: Estimate) -> str:
     margin = f"give or take {size(found.margin_bytes)}"
     if found.usable_bytes is None:
         return f"{margin}; the device's memory is not known (hardware.hbm_gib)"
-    memory = found.config.hardware.hbm_gib
-    return f"of {size(found.usable_bytes)} (programs' part of {memory:g} GiB); {margin}"
+    hardware = found.config.hardware
+    is_gpu = hardware.platform is Platform.gpu
+    part = f" (programs' part of {hardware.hbm_gib:g} GiB)" if is_gpu else ""
+    return f"of {size(found.usable_bytes)}{part}; {margin}"
 
 
 def _resolutions(found: tuple[Estimate, ...]) -> Iterator[Row]:

@@ -78,7 +78,7 @@ def test_hardware_sets_the_mesh_an_experiment_wins_and_the_command_line_wins_ove
     tpu = "hardware=tpu_v4_32"
     plain = compose([tpu])
     assert (plain.mesh.ici.data, plain.mesh.ici.fsdp) == (1, -1)
-    assert (plain.attention.kind, plain.hardware.hbm_gib) == (AttentionKind.auto, 32.0)
+    assert (plain.attention.kind, plain.hardware.hbm_gib) == (AttentionKind.auto, 30.75)
     mine = compose([tpu, "experiment=mine"], config_dir=tmp_path)
     assert (mine.mesh.ici.data, mine.mesh.ici.fsdp) == (-1, 1)
     assert (mine.attention.kind, mine.hardware.hbm_gib) == (AttentionKind.dot_product, 20.0)

@@ -134,7 +134,7 @@ def test_recomputing_is_the_hardwares_work_not_the_models(planned: Estimate) -> 
 
 def spare(found: Estimate, count: int) -> Estimate:
     """The same run on devices that leave so many bytes beside the estimate."""
-    memory = (found.device_bytes.total + count) / GIB + 0.25  # what a TPU keeps for itself
+    memory = (found.device_bytes.total + count) / GIB
     hardware = replace(found.config.hardware, hbm_gib=memory)
     return estimate(replace(found.config, hardware=hardware))
 
@@ -153,6 +153,11 @@ def test_programs_may_not_have_all_of_a_gpus_memory() -> None:
     assert usable_bytes(config) == int(whole * config.xla.memory_fraction)
     config.xla.memory_fraction = None
     assert usable_bytes(config) == int(whole * JAX_GPU_FRACTION)
+
+
+def test_programs_may_have_all_that_a_tpu_is_said_to_have() -> None:
+    config = quick(["hardware=tpu_v4_8"])
+    assert usable_bytes(config) == int(30.75 * GIB)  # of 32, in libtpu's words
 
 
 def test_encoding_takes_whole_updates_and_nothing_from_a_cache(planned: Estimate) -> None:

@@ -94,8 +94,8 @@ def test_json_of_what_was_compiled(plan: Plan) -> None:
     [
         ((), SMALL, "yes"),
         ((), LARGE, "undecided"),
-        (("hardware.hbm_gib=0.26",), SMALL, "no"),
-        (("hardware.hbm_gib=1.4",), SMALL, "yes"),
+        (("hardware.hbm_gib=0.01",), SMALL, "no"),
+        (("hardware.hbm_gib=1.15",), SMALL, "yes"),
     ],
 )
 def test_the_compilers_answer_and_the_estimates(
@@ -105,7 +105,7 @@ def test_the_compilers_answer_and_the_estimates(
 
 
 def test_the_estimate_alone_refuses_and_a_compiler_that_differs_leaves_it_open() -> None:
-    found = estimate(quick([*TYPED, "hardware.hbm_gib=0.26"]))
+    found = estimate(quick([*TYPED, "hardware.hbm_gib=0.01"]))
     assert combined(found, None) == "no"
     tiny = compiled(program(2**10))
     tiny.programs["encode"] = program(2**10)
@@ -134,7 +134,7 @@ def test_the_table_of_what_was_compiled(plan: Plan) -> None:
 
 
 def test_advice_is_shown_before_the_verdict() -> None:
-    found = planned("hardware.hbm_gib=0.26")
+    found = planned("hardware.hbm_gib=0.01")
     assert found.fits == "no" and (found.advice or found.smallest_bytes)
     assert "it fits with" in render(found).splitlines()[-2]
 
