@@ -124,13 +124,6 @@ def count(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def sharded_share(tree: Any) -> float:
-    """Share of its bytes in arrays of which a device holds only a part."""
-    leaves = jax.tree.leaves(tree)
-    split = [leaf for leaf in leaves if leaf.sharding.shard_shape(leaf.shape) != leaf.shape]
-    return whole(split) / whole(leaves)
-
-
 def trained_weights(state: TrainState) -> Mapping[str, Weights]:
     """Trained numbers by the path of their array."""
     return {

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from sdx.config import resolve
 from sdx.config.schema import Cache, Config, Platform
 from sdx.config.sizes import Size, image_sizes
+from sdx.parallel.sharding import Placement, placement
 from sdx.planning import arrays
 from sdx.planning.arrays import Arrays
 from sdx.planning.host import HostBytes, host_bytes
@@ -99,13 +100,21 @@ class Estimate:
     """Height and width of the largest training image."""
     global_batch_size: int
     device_bytes: DeviceBytes
-    sharded_share: float
-    """Share of the state's bytes in arrays of which a device holds only a part."""
-    checkpoint_bytes: int
-    """The whole state, uncompressed."""
+    placement: Placement = field(repr=False)
+    """How the state lies: the share that is split, and what every device holds whole."""
     work: Work
     speed: Speed
     host: HostBytes
+
+    @property
+    def sharded_share(self) -> float:
+        """Share of the state's bytes in arrays of which a device holds only a part."""
+        return self.placement.sharded_share
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """The whole state, uncompressed."""
+        return self.placement.total
 
     @property
     def per_device_batch_size(self) -> float:
@@ -150,7 +159,7 @@ def complete(config: Config, held: Arrays, level: str) -> Estimate:
     held = replace(held, batch=arrays.batch_of(config, held.mesh, held.global_batch_size, size))
     found = device_bytes(config, held, size, level)
     work = work_of(config, size)
-    checkpoint = arrays.whole(held.state)
+    place = placement(held.state)
     networks = held.state.params | held.frozen
     return Estimate(
         config=config,
@@ -162,14 +171,13 @@ def complete(config: Config, held: Arrays, level: str) -> Estimate:
         image=size,
         global_batch_size=held.global_batch_size,
         device_bytes=found,
-        sharded_share=arrays.sharded_share(held.state),
-        checkpoint_bytes=checkpoint,
+        placement=place,
         work=work,
         speed=speed_of(config, work, held.global_batch_size, held.mesh.size, _traffic(found)),
         host=host_bytes(
             config,
             networks=arrays.whole(networks),
-            checkpoint=checkpoint,
+            checkpoint=place.total,
             batch=arrays.whole(held.batch),
             num_devices=held.mesh.size,
         ),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from sdx.config.schema import Platform
+from sdx.parallel.sharding import SMALLEST_SHARDED_BYTES
 from sdx.planning.compiled import CompiledProgram, CompiledReport
 from sdx.planning.estimate import GIB, Estimate
 from sdx.planning.verdict import Plan, compiler_says
@@ -165,6 +166,7 @@ def _beside(found: Estimate) -> list[Row]:
     return [
         ("checkpoint", f"{size(found.checkpoint_bytes)}, uncompressed"),
         ("sharded", f"{found.sharded_share:.2%} of the state's bytes"),
+        ("whole", _whole(found)),
         (
             "a host",
             f"about {size(host.total)}{of}: {size(host.process)} for programs, "
@@ -172,6 +174,18 @@ def _beside(found: Estimate) -> list[Row]:
         ),
         ("", f"are read, {size(host.staging)} while a checkpoint is written"),
     ]
+
+
+def _whole(found: Estimate) -> str:
+    """What of the state lies on every device, and the largest of it where that could be split."""
+    arrays = found.placement.whole
+    if not arrays:
+        return "nothing"
+    path, largest = next(iter(arrays.items()))
+    told = f"{size(sum(arrays.values()))} in {len(arrays)} arrays"
+    if largest < SMALLEST_SHARDED_BYTES:
+        return f"{told}, each under {SMALLEST_SHARDED_BYTES // 1024} KiB"
+    return f"{told}, the largest {size(largest)}: {path}"
 
 
 def _compiled(plan: Plan) -> Iterator[Row]:

@@ -48,6 +48,8 @@ def _plan(plan: Plan) -> dict[str, Any]:
         "images_per_s_forecast": found.speed.forecast,
         "mfu_assumed": found.speed.anchor.mfu if found.speed.anchor else None,
         "checkpoint_bytes": found.checkpoint_bytes,
+        "replicated_bytes": sum(found.placement.whole.values()),
+        "replicated_arrays": len(found.placement.whole),
         "host_memory_bytes": found.host.total,
         "host_fits": found.host.fits,
         "resolutions": [_at(one) for one in plan.others],

@@ -64,6 +64,8 @@ def test_bytes_are_those_of_a_real_state(word: str, monkeypatch: pytest.MonkeyPa
     assert found.checkpoint_bytes == whole
     assert found.sharded_share == pytest.approx(sum(leaf.nbytes for leaf in split) / whole)
     assert 0.5 < found.sharded_share < 1
+    replicated = [leaf.nbytes for leaf in leaves if leaf.is_fully_replicated]
+    assert sorted(found.placement.whole.values()) == sorted(replicated)
     assert found.mesh == {"data": 2, "fsdp": 2, "tensor": 2} and found.num_devices == 8
     assert state.params.keys() == ({"unet", "text_encoder"} if text_encoder else {"unet"})
     for name, params in (state.params | frozen).items():

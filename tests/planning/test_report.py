@@ -72,6 +72,9 @@ def test_json_holds_what_it_promises(plan: Plan) -> None:
     assert held["total"] == sum(held[key] for key in resident) + max(
         held["step_temporaries"], held["encode_temporaries"]
     )
+    whole = plan.estimate.placement.whole
+    assert found["replicated_bytes"] == sum(whole.values()) > 0
+    assert found["replicated_arrays"] == len(whole) > 0
     assert found["fits"] in {"yes", "no", "undecided"}
     unknown = ("collectives", "compiled", "compile_s", "host_peak_bytes", "fits_compiled")
     assert all(found[key] is None for key in unknown)
@@ -122,6 +125,18 @@ def test_the_table_is_readable_and_ends_with_the_verdict(plan: Plan) -> None:
     rows = {"weights", "average", "optimizer", "frozen", "inputs", "step", "encode", "in all"}
     amounts = [line[16:28] for line in lines if line[:16].strip() in rows]
     assert len(amounts) == len(rows) and all(amount.endswith("iB") for amount in amounts)
+
+
+def test_what_every_device_holds_whole_is_told(plan: Plan) -> None:
+    def told(whole: dict[str, int]) -> str:
+        place = replace(plan.estimate.placement, whole=whole)
+        changed = replace(plan, estimate=replace(plan.estimate, placement=place))
+        [line] = [text for text in render(changed).splitlines() if text.startswith("  whole ")]
+        return line.removeprefix("  whole").strip()
+
+    assert told({"a/bias": 2**15, "b/bias": 2**14}) == "0.0 MiB in 2 arrays, each under 64 KiB"
+    assert told({"a/kernel": 2**22, "b": 4}) == "4.0 MiB in 2 arrays, the largest 4.0 MiB: a/kernel"
+    assert told({}) == "nothing"
 
 
 def test_the_table_of_what_was_compiled(plan: Plan) -> None:
