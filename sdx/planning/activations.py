@@ -59,6 +59,11 @@ class _Sizes:
         """A row of `size` numbers as it is stored."""
         return math.ceil(size / LANES) * LANES if self.is_tpu else size
 
+    def shares(self, heads: int) -> int:
+        """Devices among which the rows of attention's weights are split: by query or by head."""
+        by_query = self.config.attention.shard_sequence
+        return self.tensor if by_query or heads % self.tensor == 0 else 1
+
     def takes(self, length: int, head_dim: int) -> bool:
         """Whether a fused kernel computes self-attention of these sizes."""
         return isinstance(self.attention, ByShape) and self.attention.takes(
@@ -212,23 +217,26 @@ def _transformer(
     """What a transformer block keeps, what of it are products, and what its backward passes."""
     wide, share = pixels * sizes.lanes(channels) * sizes.width, sizes.tensor
     head_dim = channels // heads
-    in_heads = heads * pixels * sizes.lanes(head_dim) * sizes.width / share
+    everywhere = heads * pixels * sizes.lanes(head_dim) * sizes.width
+    in_heads = everywhere / sizes.shares(heads)
+    keys = everywhere if sizes.config.attention.shard_sequence else in_heads
     hidden = FEED_FORWARD_FACTOR * wide / share
     fused, passing = _self_attention(sizes, pixels, heads, head_dim)
     tokens = sizes.config.model.text_encoder.max_position_embeddings
-    over_caption = heads * pixels * (-(-tokens // 8) * 8) * (FLOAT + sizes.width) / share
-    # Norms and sums around the three parts; query, key, value, outcome of self-attention and query
+    over_caption = heads * pixels * (-(-tokens // 8) * 8) * (FLOAT + sizes.width)
+    over_caption /= sizes.shares(heads)
+    # Norms and sums around the three parts; query, outcome, key and value of self-attention, query
     # and outcome of the other; the gate's and the value's halves, and the two factors of GEGLU.
-    kept = 9 * wide + 2 * wide / share + 6 * in_heads + fused + over_caption + 4 * hidden
+    kept = 9 * wide + 2 * wide / share + 4 * in_heads + 2 * keys + fused + over_caption + 4 * hidden
     # Outcomes of products alone are stored with their pixels along the lanes: not filled up.
     plain = pixels * channels * sizes.width
     products = (4 + (4 + 2 * FEED_FORWARD_FACTOR) / share) * plain
-    return kept, products, passing + 3 * in_heads + 2 * hidden
+    return kept, products, passing + in_heads + 2 * keys + 2 * hidden
 
 
 def _self_attention(sizes: _Sizes, pixels: int, heads: int, head_dim: int) -> tuple[float, float]:
     """What the function of attention keeps beside its operands, and what its backward passes."""
-    rows = heads * pixels / sizes.tensor
+    rows = heads * pixels / sizes.shares(heads)
     if not sizes.takes(pixels, head_dim):
         return rows * pixels * (FLOAT + sizes.width), 0.0
     if not sizes.is_tpu:
