@@ -21,6 +21,7 @@ from sdx.experiment.taking import Taken
 from sdx.experiment.validating import Validator, continue_history
 from sdx.models.attention_choice import describe as describe_attention
 from sdx.parallel.agreement import from_first, gather, is_first, process_count
+from sdx.parallel.failures import within
 from sdx.parallel.memory import keep_freed_memory
 from sdx.parallel.stopping import EXIT_INTERRUPTED, StopFlag
 from sdx.parallel.whole import tree_to_first_host
@@ -44,6 +45,7 @@ from sdx.training.state import TrainState, sampling_params
 from sdx.weights.load import LOADERS
 
 FINISHED, FAILED = 0, 1
+_SINKS_S = 5.0  # of the ten that `failures` gives the record of a run of many processes
 
 
 class FolderLost(RuntimeError):
@@ -95,7 +97,10 @@ class Attempt:
                 self.log.write(trace)
                 print(trace, file=sys.stderr)
             self.say(f"failed: {reason}")
-            self._close_sinks(FAILED)
+            if process_count() == 1:
+                self._close_sinks(FAILED)
+            else:  # all of them leave soon, and W&B can take longer
+                within(_SINKS_S, lambda: self._close_sinks(FAILED))
             self.record.finish(Status.failed, reason=reason)
         except StoreError as error:  # perhaps the very reason
             print(f"sdx: not on record ({error})", file=sys.stderr)

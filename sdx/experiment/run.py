@@ -62,7 +62,7 @@ def run(config: Config, overrides: Sequence[str]) -> int:
         elif attempts:
             attempts[0].fail(failure.said, failure.trace)
         else:
-            print(failure.said, file=sys.stderr)
+            print(failure.trace, failure.said, sep="", file=sys.stderr)
 
     with StopFlag(on_exit) as stop:
         try:

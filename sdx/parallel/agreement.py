@@ -19,6 +19,7 @@ Value = TypeVar("Value")
 
 _PATIENCE_MS = 7 * 24 * 3600 * 1000  # the first process may be uploading a model
 _TIDY_EVERY = 256  # so many values of the first process are kept by the service at most
+_MARKS = "sdx/marks/"
 _numbers = itertools.count()
 _told: list[str] = []
 """Keys of this process that the service still keeps."""
@@ -83,6 +84,19 @@ def leave_to_first(error: Exception) -> None:
     of them, this one with it."""
     if getattr(error, "is_heard", False):
         gather(None)  # which the first one never comes to
+
+
+def mark(event: str) -> None:
+    """Says once that `event` has come for this process; waits for nobody."""
+    if process_count() > 1:
+        _service().key_value_set(f"{_MARKS}{event}/{process_index()}", "")
+
+
+def is_marked_by_all(event: str) -> bool:
+    """Whether it has come for every process; any of them may ask at any time."""
+    if process_count() == 1:
+        return True
+    return len(_service().key_value_dir_get(f"{_MARKS}{event}/")) == process_count()
 
 
 def _is_shared() -> bool:

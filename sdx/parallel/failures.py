@@ -113,10 +113,7 @@ class Companions:
             time.sleep(2 * self._patience_s)
             self._leave(exit_code)
         self._is_over.set()
-        if self._id == 0:
-            within(_RECORD_S, lambda: self._on_failure(failure))
-        else:
-            print(failure.trace or failure.reason, file=sys.stderr)
+        self._say(failure, failure.trace or failure.reason)
         self._leave(exit_code)
 
     def __enter__(self) -> "Companions":
@@ -152,6 +149,8 @@ class Companions:
                 failure = self._service_gone(error)
             if self._is_over.is_set():  # the main thread leaves
                 return
+            if failure is not None and failure.process == self._id and not failure.is_silent:
+                return  # so does the thread that has just told it
             if failure is not None:
                 self._follow(failure)
             for act in self._lookouts:
@@ -166,7 +165,10 @@ class Companions:
             "(distributed.heartbeat_timeout_s); what it said last may tell why"
         )
         failure = Failure(silent[0], self._count, silent[1], EXIT_FAILED, reason, is_silent=True)
-        _tell(failure)
+        try:
+            _tell(failure)
+        except Exception:  # another one was told meanwhile, or the service is gone
+            return _failure_there()
         return failure
 
     def _service_gone(self, error: Exception) -> Failure:
@@ -175,17 +177,22 @@ class Companions:
 
     def _follow(self, failure: Failure) -> NoReturn:
         """Ends this process because of another one's failure."""
+        self._say(failure, f"{ENDED_WITH_RUN}: {failure.said}")
+        self._leave(failure.exit_code)
+
+    def _say(self, failure: Failure, text: str) -> None:
+        """On record in the first process, `text` in others; a terminal that takes nothing keeps no
+        process from ending."""
         if self._id == 0:
             within(_RECORD_S, lambda: self._on_failure(failure))
         else:
-            print(f"{ENDED_WITH_RUN}: {failure.said}", file=sys.stderr)
-        self._leave(failure.exit_code)
+            within(_LEAVE_S, lambda: print(text, file=sys.stderr, flush=True))
 
     def _leave(self, exit_code: int) -> NoReturn:
         """The first process is the last to go: the others hear of the failure from it."""
         within(_LEAVE_S, self._tell_left)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        within(_LEAVE_S, sys.stdout.flush)
+        within(_LEAVE_S, sys.stderr.flush)
         os._exit(exit_code)
 
     def _tell_left(self) -> None:

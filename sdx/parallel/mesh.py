@@ -154,7 +154,7 @@ def _found(hardware: HardwareConfig) -> list[Device]:
     devices = jax.devices()
     is_virtual = hardware.platform is Platform.cpu or hardware.simulate
     if is_virtual and devices[0].platform == "cpu":
-        return devices[: hardware.num_devices or 1]
+        return devices[: hardware.num_devices or process_count()]
     return devices
 
 

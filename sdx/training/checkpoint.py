@@ -289,6 +289,7 @@ def _read_once(path: Path, wanted: Mapping[str, Any], mesh: Mesh) -> dict[str, A
     read: dict[str, Any] = {}
     if process_index() in readers(mesh):
         read = _read_arrays(path, on_first_replica(wanted, mesh), readers(mesh))
+    gather(None)  # the others wait here, not in a collective, which may give up
     return send_to_all(read, wanted, mesh)
 
 

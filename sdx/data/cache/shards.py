@@ -152,6 +152,14 @@ def sound_shards(
     return {number: shard for number, shard in found.items() if shard is not None}
 
 
+def forget_shards(folder: AnyPath, numbers: Iterable[int]) -> None:
+    """Removes what says that these shards are finished, before they are made anew; their records
+    stay until then."""
+    with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="sdx-forget") as threads:
+        files = [folder / f"{number:05d}.json" for number in numbers]
+        list(threads.map(lambda file: file.unlink(missing_ok=True), files))
+
+
 def digest_file(file: Path) -> str:
     """SHA-256 of a file."""
     with open(file, "rb") as opened:

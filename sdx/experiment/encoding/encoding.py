@@ -29,7 +29,7 @@ from sdx.data.cache.records import (
     size_text,
 )
 from sdx.data.cache.rows import CachedMoments, Records
-from sdx.data.cache.shards import sound_shards
+from sdx.data.cache.shards import forget_shards, sound_shards
 from sdx.data.cache.staging import local_cache
 from sdx.data.loader import check_bad_images
 from sdx.data.source import BadImage, BadImageError, DataError, Source, first_examples
@@ -45,7 +45,9 @@ from sdx.experiment.setup import REFUSALS, check_weights, open_tokenizer, open_w
 from sdx.parallel.agreement import (
     from_first,
     is_first,
+    is_marked_by_all,
     leave_to_first,
+    mark,
     process_count,
     process_index,
 )
@@ -329,7 +331,11 @@ def _pending(
     again = {number for number, shard in sound.items() if is_outdated(number, shard)}
     if kept := len(sound.keys() - again):
         print(f"{kept} of {len(target.own)} files are there and whole", flush=True)
-    return [number for number in target.own if number not in sound or number in again]
+    pending = [number for number in target.own if number not in sound or number in again]
+    if process_count() > 1:  # others must not take what is there for what will be
+        forget_shards(target.folder, pending)
+        mark(target.key.name)
+    return pending
 
 
 def _is_repaired(source: Source, shard: Shard) -> bool:
@@ -398,7 +404,9 @@ def _index_there(folder: AnyPath) -> CacheIndex | None:
 
 
 def _all_shards(target: Target, stop: StopFlag) -> Mapping[int, Shard]:
-    """Every shard by number, when all are there."""
+    """Every shard by number, when all processes have judged theirs and all are there."""
+    while not is_marked_by_all(target.key.name):
+        _look_again(stop)
     found: dict[int, Shard] = {}
     while True:
         for number in range(target.num_shards):

@@ -25,7 +25,7 @@ from sdx.data.cache.records import (
     unpack_context,
 )
 from sdx.data.cache.rows import CachedContext, CachedMoments, Records
-from sdx.data.cache.shards import ShardWriter, finishing, sound_shards
+from sdx.data.cache.shards import ShardWriter, finishing, forget_shards, sound_shards
 from sdx.data.source import BadImage, DataError
 from sdx.record.files import write_json
 
@@ -152,6 +152,16 @@ def test_only_whole_shards_are_kept(folder: Path) -> None:
     assert sound(1) == {1}
     assert [path.name for path in folder.glob(".*.tmp")] == [".00002.ab12.tmp"]
     assert sound_shards(folder, [1], should_stop=lambda: True) == {}
+
+
+def test_a_forgotten_shard_is_made_again_though_its_records_lie_there(tmp_path: Path) -> None:
+    for number in range(2):
+        shard = ShardWriter(tmp_path, number)
+        shard.add(b"one")
+        shard.finish({})
+    forget_shards(tmp_path, [1, 2])
+    assert {*sound_shards(tmp_path, range(3), should_stop=lambda: False)} == {0}
+    assert read_shard(tmp_path, 1) is None and (tmp_path / records_name(1)).is_file()
 
 
 def test_a_shard_counts_only_when_it_is_finished(tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from PIL import Image
 from sdx.config.compose import compose
 from sdx.config.schema import Cache, Config
 from sdx.data.cache import staging
-from sdx.data.cache.records import read_index, records_name
+from sdx.data.cache.records import CacheKey, read_index, records_name
 from sdx.data.cache.rows import CachedSource
+from sdx.data.cache.shards import ShardWriter, forget_shards
 from sdx.data.loader import HostBatch, make_loader
 from sdx.data.source import BadImageError, DataError, Example
 from sdx.data.sources.checked import CheckedSource
@@ -31,6 +32,7 @@ from sdx.experiment.encoding import encoding, writing
 from sdx.experiment.encoding.encoder import image_encoder, local_mesh, token_encoder
 from sdx.experiment.encoding.encoding import encode, prepare
 from sdx.parallel.mesh import make_mesh
+from sdx.parallel.stopping import StopFlag
 from sdx.record.files import DamagedRecord
 from sdx.record.lock import RunLock
 from sdx.record.store import as_path
@@ -308,6 +310,36 @@ def test_damaged_and_repaired_shards_are_made_anew(
     ):
         np.testing.assert_array_equal(cached.tokens, pixels.tokens)
         assert cached.weights.all()
+
+
+def test_shards_of_other_processes_count_once_those_have_judged_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second process finds its shard of an earlier start outdated, later than the first one
+    is through with its own."""
+
+    def write(number: int, *records: bytes) -> None:
+        shard = ShardWriter(tmp_path, number)
+        for record in records:
+            shard.add(record)
+        shard.finish({})
+
+    write(0, b"a")
+    write(1, b"of before")
+    looks = iter(
+        [
+            lambda: forget_shards(tmp_path, [1]),
+            lambda: judged.append(1),
+            lambda: write(1, b"b", b"c"),
+        ]
+    )
+    judged = [0]
+    monkeypatch.setattr(encoding, "is_marked_by_all", lambda event: len(judged) == 2)
+    monkeypatch.setattr(encoding, "_look_again", lambda stop: next(looks)())
+    target = encoding.Target(CacheKey("moments", {}), tmp_path, 4, 1, 2, (1,))
+    found = encoding._all_shards(target, StopFlag(lambda: None))
+    assert [found[number].records for number in (0, 1)] == [1, 2]
+    assert next(looks, None) is None
 
 
 def test_two_at_once_and_too_many_bad_images(
