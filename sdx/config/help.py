@@ -13,6 +13,7 @@ _COMMANDS = {
     "encode": "encode images once into a cache, to train with data.cache=moments",
     "sample": "draw pictures from a run or a model folder",
     "export": "write a run's model as a folder that diffusers loads",
+    "evaluate": "validation loss, FID and CLIP score of a run or a model folder",
 }
 _GROUPS = {
     "model": "what is trained",
@@ -22,7 +23,8 @@ _GROUPS = {
     "diffusion": "noise schedule and loss",
     "attention": "attention kernel",
     "mesh": "how devices share the work",
-    "hardware": "where it runs; sets mesh and attention",
+    "hardware": "where it runs; sets mesh, attention and xla",
+    "xla": "compiler flags",
     "sampler": "how pictures are drawn",
     "run_on": "where jobs are started",
     "experiment": "a recipe: several groups and keys at once",
@@ -119,5 +121,6 @@ def _groups(config_dir: Path | None) -> list[str]:
 def _key_text(leaf: Leaf) -> str:
     unit = f" [{leaf.unit}]" if leaf.unit else ""
     default = "" if leaf.required else f" (default {spelled(leaf.default) or 'empty'})"
-    choices = f": {', '.join(leaf.choices)}" if leaf.choices else ""
+    allowed = ("true", "false") if leaf.kind is bool else leaf.choices
+    choices = f": {', '.join(allowed)}" if allowed else ""
     return f"{leaf.help.rstrip('.') if choices else leaf.help}{choices}{unit}{default}"
