@@ -17,8 +17,6 @@ from sdx.training.program import BatchError, build
 from tests.config.quick import quick
 from tests.micro import RESOLUTION, cpu, micro_config, micro_mesh
 
-pytestmark = pytest.mark.fast
-
 CHIP = HardwareConfig(
     name="chip",
     platform=Platform.tpu,
@@ -86,6 +84,7 @@ def held(tree: Any, device: Any) -> int:
     return sum(shard.data.nbytes for shard in shards if shard.device == device)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("shape", "numbers"),
     [  # of arguments in layouts that XLA chose for TPU v4
@@ -102,6 +101,7 @@ def test_arrays_as_a_tpu_stores_them(shape: tuple[int, ...], numbers: int) -> No
     assert tpu_numbers(shape) == numbers
 
 
+@pytest.mark.fast
 def test_hardware_that_is_not_here_is_planned_for(planned: Estimate) -> None:
     assert planned.num_devices == 4 and planned.per_device_batch_size == 2
     assert planned.sharded_share == 0 and planned.device_bytes.ema == 0
@@ -113,6 +113,7 @@ def test_hardware_that_is_not_here_is_planned_for(planned: Estimate) -> None:
     assert planned.speed.roofline is not None and planned.speed.roofline <= fastest
 
 
+@pytest.mark.fast
 def test_the_slower_of_compute_and_memory_bounds(planned: Estimate) -> None:
     def bound(**hardware: float | None) -> tuple[str | None, float | None]:
         config = replace(planned.config, hardware=replace(CHIP, **hardware))
@@ -126,6 +127,7 @@ def test_the_slower_of_compute_and_memory_bounds(planned: Estimate) -> None:
     assert bound(peak_tflops=None) == (None, None)
 
 
+@pytest.mark.fast
 def test_recomputing_is_the_hardwares_work_not_the_models(planned: Estimate) -> None:
     train = replace(planned.config.train, remat=Remat.blocks)
     again = estimate(replace(planned.config, train=train))
@@ -141,6 +143,7 @@ def spare(found: Estimate, count: int) -> Estimate:
     return estimate(replace(found.config, hardware=hardware))
 
 
+@pytest.mark.fast
 def test_yes_no_and_a_margin_between(planned: Estimate) -> None:
     assert planned.margin_bytes == planned.device_bytes.temporaries // 4
     assert spare(planned, -1000).fits == "no"
@@ -148,6 +151,7 @@ def test_yes_no_and_a_margin_between(planned: Estimate) -> None:
     assert spare(planned, planned.margin_bytes + 1000).fits == "yes"
 
 
+@pytest.mark.fast
 def test_programs_may_not_have_all_of_a_gpus_memory() -> None:
     config = quick(["hardware=gpu_24gb_1"])
     assert config.xla.memory_fraction is not None and config.hardware.hbm_gib is not None
@@ -157,11 +161,13 @@ def test_programs_may_not_have_all_of_a_gpus_memory() -> None:
     assert usable_bytes(config) == int(whole * JAX_GPU_FRACTION)
 
 
+@pytest.mark.fast
 def test_programs_may_have_all_that_a_tpu_is_said_to_have() -> None:
     config = quick(["hardware=tpu_v4_8"])
     assert usable_bytes(config) == int(30.75 * GIB)  # of 32, in libtpu's words
 
 
+@pytest.mark.fast
 def test_encoding_takes_whole_updates_and_nothing_from_a_cache(planned: Estimate) -> None:
     def encode(pieces: int, cache: Cache = Cache.none) -> int:
         config = replace(planned.config, data=replace(planned.config.data, cache=cache))
@@ -171,6 +177,7 @@ def test_encoding_takes_whole_updates_and_nothing_from_a_cache(planned: Estimate
     assert encode(1) == encode(2) > 0 == encode(1, Cache.moments)
 
 
+@pytest.mark.fast
 def test_what_cannot_be_planned(planned: Estimate) -> None:
     config = replace(planned.config, hardware=replace(CHIP, num_devices=None))
     with pytest.raises(ConfigError, match=r"num_devices: missing.*hardware\.num_devices=N"):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from sdx.experiment.planning import make_plan
+from sdx.planning.advice import Advice
 from sdx.planning.collectives import Collective
 from sdx.planning.compiled import CompiledProgram, CompiledReport, Overflow, ProgramBytes
 from sdx.planning.estimate import estimate
@@ -148,10 +149,13 @@ def test_the_table_of_what_was_compiled(plan: Plan) -> None:
     assert "does not fit: needs 1,024.00 GiB of 16.00 GiB" in large and "which differ" in large
 
 
-def test_advice_is_shown_before_the_verdict() -> None:
-    found = planned("hardware.hbm_gib=0.01")
-    assert found.fits == "no" and (found.advice or found.smallest_bytes)
-    assert "it fits with" in render(found).splitlines()[-2]
+def test_advice_is_shown_before_the_verdict(plan: Plan) -> None:
+    small = estimate(quick([*TYPED, "hardware.hbm_gib=0.01"]))
+    refused = replace(plan, estimate=small, smallest_bytes=2**30)
+    assert "1.00 GiB at the least" in render(refused).splitlines()[-2]
+    advice = Advice(("optimizer=adafactor",), 2**20, changes_training=True, note=None)
+    told = render(replace(refused, advice=(advice,))).splitlines()[-2]
+    assert told == "  it fits with  optimizer=adafactor  (1.0 MiB, another training)"
 
 
 def test_files_that_are_not_here_are_said_to_be_missing() -> None:

@@ -3,8 +3,16 @@
 import pytest
 
 from sdx.planning.advice import advise, smallest_bytes
-from sdx.planning.estimate import Estimate, at_side, estimate
+from sdx.planning.estimate import Estimate, at_side, complete, estimate
 from tests.config.quick import quick
+
+POD = ("model=sd21", "hardware=tpu_v4_32", "data=pokemon")
+
+
+@pytest.fixture(scope="module")
+def pod() -> Estimate:
+    """The model at its own resolution on sixteen chips."""
+    return estimate(quick([*POD]))
 
 
 def test_a_forecast_names_what_it_is_drawn_from() -> None:
@@ -15,14 +23,13 @@ def test_a_forecast_names_what_it_is_drawn_from() -> None:
     assert v5e is not None and "nothing published" in v5e.source
 
 
-def test_sd21_on_a_pod_slice_in_seconds() -> None:
-    found = estimate(quick(["model=sd21", "hardware=tpu_v4_32", "data=pokemon"]))
-    assert vars(found.parameters) == {
+def test_sd21_on_a_pod_slice(pod: Estimate) -> None:
+    assert vars(pod.parameters) == {
         "unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840
     }  # fmt: skip
-    assert found.work.unet_forward == pytest.approx(2 * 1074.6e9, rel=1e-3)
-    assert found.sharded_share >= 0.999
-    assert found.fits == "yes" and found.host.fits
+    assert pod.work.unet_forward == pytest.approx(2 * 1074.6e9, rel=1e-3)
+    assert pod.sharded_share >= 0.999
+    assert pod.fits == "yes" and pod.host.fits
 
 
 def test_more_devices_than_a_machine_could_pretend() -> None:
@@ -33,18 +40,17 @@ def test_more_devices_than_a_machine_could_pretend() -> None:
     assert found.device_bytes.weights < 0.5 * 2**30
 
 
-def test_the_largest_bucket_counts() -> None:
-    found = estimate(quick(["model=sd21", "hardware=tpu_v4_32", "data.buckets=true"]))
+def test_the_largest_bucket_counts(pod: Estimate) -> None:
+    found = complete(quick([*POD, "data.buckets=true"]), pod.held, pod.level)
     height, width = found.image
     assert height * width > 768 * 768 and height % 64 == width % 64 == 0
 
 
-def test_multiply_adds_of_512_and_768_pixels() -> None:
-    found = estimate(quick(["model=sd21", "hardware=tpu_v4_32"]))
-    at = at_side(found, 512)
+def test_multiply_adds_of_512_and_768_pixels(pod: Estimate) -> None:
+    at = at_side(pod, 512)
     assert at.work.unet_forward == pytest.approx(2 * 402.1e9, rel=1e-3)
-    assert at.device_bytes.total < found.device_bytes.total
-    assert at.device_bytes.state == found.device_bytes.state
+    assert at.device_bytes.total < pod.device_bytes.total
+    assert at.device_bytes.state == pod.device_bytes.state
 
 
 def retyped(found: Estimate, overrides: list[str]) -> Estimate:
@@ -85,6 +91,7 @@ def test_what_must_be_dropped_is_said_to_change_the_training() -> None:
     assert all({"train.ema=false", "optimizer=adafactor"} & {*one.typed} for one in advice)
 
 
+@pytest.mark.release
 def test_nothing_helps_a_card_that_is_far_too_small() -> None:
     found = estimate(quick(["model=sd21", "hardware=gpu_24gb_1", "hardware.hbm_gib=6"]))
     assert advise(found) == [] and found.usable_bytes is not None
