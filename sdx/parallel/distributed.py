@@ -4,6 +4,7 @@ Which process this is says place.py; how they stop and fail together, stopping.p
 """
 
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -36,6 +37,8 @@ def start_processes(
     )
     if place is None:
         return Companions(on_failure=on_failure)
+    if place.process_id == 0:
+        _check_port(place)
     with _limited(distributed.initialization_timeout_s, place):
         jax.distributed.initialize(
             place.coordinator_address,
@@ -67,6 +70,22 @@ def _silence_gloo() -> None:
     os.dup2(nowhere, 1)
     os.close(nowhere)
     sys.stdout = open(ours, "w", encoding=sys.stdout.encoding, errors="replace", buffering=1)
+
+
+def _check_port(place: Place) -> None:
+    """Raises ProcessesError where process 0 cannot listen; JAX 0.10 ends with a segmentation fault
+    there."""
+    port = int(place.coordinator_address.rpartition(":")[2])
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        raise ProcessesError(
+            f"{place.coordinator_address} (from {place.source}): process 0 cannot listen at this "
+            f"port ({os.strerror(error.errno or 0)}); give distributed.coordinator_address=HOST:PORT with one "
+            "that nothing uses there."
+        ) from error
 
 
 def _tpu_place(timeout_s: int) -> Place | None:

@@ -1,7 +1,9 @@
 """What JAX's own detection finds on a TPU, and what is kept from the terminal."""
 
+import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from jax._src import cloud_tpu_init
@@ -66,3 +68,11 @@ def test_only_lines_of_c_are_silenced() -> None:
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout == "ours\n"
+
+
+def test_a_port_that_is_taken_is_an_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        config = DistributedConfig(coordinator_address=address, num_processes=2, process_id=0)
+        with pytest.raises(ProcessesError, match=f"{address} .*cannot listen at this port"):
+            start_processes(config, replace(POD, platform=Platform.cpu, num_hosts=2), print)
