@@ -5,11 +5,13 @@
 
 import math
 import re
+from functools import cache
 
 import pytest
 import yaml
 
 from sdx.config.folders import CHECKOUT, CONF
+from sdx.config.schema import HardwareConfig
 from tests.config.quick import quick
 
 assert CHECKOUT is not None
@@ -29,12 +31,17 @@ def table() -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
+@cache
+def preset(name: str) -> HardwareConfig:
+    return quick([f"hardware={name}"]).hardware
+
+
 def order(name: str) -> list[str]:
     return [part.zfill(8) for part in re.split(r"[_x]", name)]
 
 
 def row(name: str) -> tuple[str, ...]:
-    hardware = quick([f"hardware={name}"]).hardware
+    hardware = preset(name)
     chosen = {
         group.removeprefix("override /"): option
         for entry in yaml.safe_load(FILES[name])["defaults"]
@@ -52,7 +59,7 @@ def row(name: str) -> tuple[str, ...]:
 
 def chips(name: str) -> int:
     """Of the topology, where there is one; JAX's devices are cores on some."""
-    hardware = quick([f"hardware={name}"]).hardware
+    hardware = preset(name)
     if hardware.topology is None:
         return hardware.num_devices or 0
     sizes = hardware.topology.partition(":")[2].split("x")
@@ -65,7 +72,6 @@ def source(name: str) -> str:
     return found
 
 
-@pytest.mark.fast
 def test_the_page_shows_the_presets() -> None:
     shown = PAGE.read_text().partition(BEGIN)[2].partition(END)[0]
     assert shown == table(), "if this is meant: python -m tests.config.test_hardware_page"

@@ -12,7 +12,7 @@ from sdx.config.schema import Cache, HardwareConfig, MeshAxes, Platform, Remat
 from sdx.models import flops
 from sdx.parallel import sharding
 from sdx.planning.arrays import tpu_numbers
-from sdx.planning.estimate import GIB, JAX_GPU_FRACTION, Estimate, estimate, usable_bytes
+from sdx.planning.estimate import GIB, JAX_GPU_FRACTION, Estimate, complete, estimate, usable_bytes
 from sdx.training.program import BatchError, build
 from tests.config.quick import quick
 from tests.micro import RESOLUTION, cpu, micro_config, micro_mesh
@@ -117,7 +117,7 @@ def test_hardware_that_is_not_here_is_planned_for(planned: Estimate) -> None:
 def test_the_slower_of_compute_and_memory_bounds(planned: Estimate) -> None:
     def bound(**hardware: float | None) -> tuple[str | None, float | None]:
         config = replace(planned.config, hardware=replace(CHIP, **hardware))
-        found = estimate(config)
+        found = complete(config, planned.held, planned.level)
         return found.speed.bound_by, found.speed.roofline
 
     fastest = 4 * 10e12 / planned.work.done
