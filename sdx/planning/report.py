@@ -109,12 +109,13 @@ def _speed(found: Estimate) -> Iterator[Row]:
 
 
 def _device(found: Estimate) -> list[Row]:
-    held = found.device_bytes
+    held, config = found.device_bytes, found.config
+    frozen = "autoencoder" if config.train.text_encoder else "autoencoder and text encoder"
     parts = {
         "weights": (held.weights, ""),
         "average": (held.ema, "train.ema"),
-        "optimizer": (held.optimizer, found.config.optimizer.kind.name),
-        "frozen": (held.frozen, "autoencoder and text encoder"),
+        "optimizer": (held.optimizer, config.optimizer.kind.name),
+        "frozen": (held.frozen, frozen),
         "inputs": (held.inputs, "two batches, and one encoded"),
         "step": (held.step.total, _step_text(found)),
         "encode": (held.encode, "estimated; over before the step begins"),

@@ -128,6 +128,15 @@ def test_the_table_is_readable_and_ends_with_the_verdict(plan: Plan) -> None:
     assert len(amounts) == len(rows) and all(amount.endswith("iB") for amount in amounts)
 
 
+def test_a_text_encoder_that_is_trained_is_not_called_frozen(plan: Plan) -> None:
+    def frozen(found: Plan) -> str:
+        [line] = [text for text in render(found).splitlines() if text.startswith("    frozen ")]
+        return line[30:]
+
+    assert frozen(plan) == "autoencoder and text encoder"
+    assert frozen(planned("train.text_encoder=true")) == "autoencoder"
+
+
 def test_what_every_device_holds_whole_is_told(plan: Plan) -> None:
     def told(whole: dict[str, int]) -> str:
         place = replace(plan.estimate.placement, whole=whole)
