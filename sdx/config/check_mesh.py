@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sdx.config.errors import Problem, any_of
-from sdx.config.schema import Config, DcnAxes, HardwareConfig, MeshAxes, MeshConfig
+from sdx.config.schema import Config, DcnAxes, HardwareConfig, MeshAxes, MeshConfig, Platform
 
 AXES = ("data", "fsdp", "tensor")
 Sizes = tuple[int, int, int]
@@ -37,7 +37,7 @@ def mesh_sizes(mesh: MeshConfig, hardware: HardwareConfig) -> MeshSizes | None:
         return None
     if devices % num_parts(hardware):
         return None
-    dcn = _filled(mesh.dcn, num_parts(hardware))
+    dcn = _outer(mesh, hardware)
     return MeshSizes(_filled(mesh.ici, devices // math.prod(dcn)), dcn)
 
 
@@ -91,6 +91,15 @@ def _filled(axes: MeshAxes | DcnAxes, total: int) -> Sizes:
     return data, fsdp, tensor
 
 
+def _outer(mesh: MeshConfig, hardware: HardwareConfig) -> Sizes:
+    """`mesh.dcn` filled. The hosts of one TPU slice share its network, so that nothing is left to
+    fill where `mesh.ici` takes all of its devices."""
+    is_one_network = hardware.platform is Platform.tpu and hardware.num_slices == 1
+    taken = math.prod(_sizes(mesh.ici).values())  # negative while one of them fills
+    all_taken = is_one_network and taken == hardware.num_devices
+    return _filled(mesh.dcn, 1 if all_taken else num_parts(hardware))
+
+
 def _malformed(path: str, axes: MeshAxes | DcnAxes) -> Iterator[Problem]:
     sizes = _sizes(axes)
     for name, size in sizes.items():
@@ -114,7 +123,7 @@ def _dcn(axes: DcnAxes, hardware: HardwareConfig) -> list[Problem]:
 def _ici(mesh: MeshConfig, hardware: HardwareConfig) -> list[Problem]:
     devices, parts = hardware.num_devices, num_parts(hardware)
     if hardware.num_slices == 1:
-        parts = math.prod(_filled(mesh.dcn, parts))
+        parts = math.prod(_outer(mesh, hardware))
     if devices is None or devices % parts:
         return []  # the rules of hardware say so
     where = f" in each of the {parts} parts of mesh.dcn" if parts > 1 else ""

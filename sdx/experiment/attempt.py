@@ -123,7 +123,8 @@ class Attempt:
             program = program.compile()
         if resolve.platform(config) is Platform.cpu:
             keep_freed_memory()
-        self.say(f"compiled in {program.compile_s:.1f} s")
+        assert program.compile_s is not None
+        self.say(f"compiled in {max(gather(program.compile_s)):.1f} s")  # all wait for the slowest
         return program
 
     def _note_attention(self) -> None:

@@ -1,4 +1,9 @@
-"""The folder of compiled programs, so that a second start compiles nothing."""
+"""The folder of compiled programs, so that a second start compiles nothing.
+
+Of many processes JAX lets the first one alone write there: the others read what it wrote where they
+see the folder and, as on TPUs and GPUs, compile the same; on a CPU each one's programs have names
+of their own, and the others of a rehearsal compile at every start.
+"""
 
 import re
 import warnings

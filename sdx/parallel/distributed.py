@@ -83,8 +83,8 @@ def _check_port(place: Place) -> None:
     except OSError as error:
         raise ProcessesError(
             f"{place.coordinator_address} (from {place.source}): process 0 cannot listen at this "
-            f"port ({os.strerror(error.errno or 0)}); give distributed.coordinator_address=HOST:PORT with one "
-            "that nothing uses there."
+            f"port ({os.strerror(error.errno or 0)}); give "
+            "distributed.coordinator_address=HOST:PORT with one that nothing uses there."
         ) from error
 
 

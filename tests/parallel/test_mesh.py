@@ -2,14 +2,14 @@
 the one configured."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 import pytest
 from jax.experimental import mesh_utils
 
-from sdx.config.check_mesh import MeshSizes, Sizes
+from sdx.config.check_mesh import MeshSizes, Sizes, mesh_sizes
 from sdx.config.schema import DcnAxes, HardwareConfig, MeshAxes, MeshConfig, Platform
 from sdx.parallel.mesh import MeshError, arrange, make_mesh
 
@@ -75,6 +75,18 @@ def test_minus_one_fills(axes: MeshAxes, sizes: Sizes) -> None:
     assert tuple(mesh.shape.values()) == sizes
     assert tuple(mesh.shape) == ("data", "fsdp", "tensor")
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+
+
+def test_on_one_slice_the_devices_of_all_hosts_may_be_one_axis() -> None:
+    pod = HardwareConfig(name="v4", platform=Platform.tpu, num_devices=16, num_hosts=4)
+    fill = DcnAxes(data=1, fsdp=-1)
+    sizes = mesh_sizes(MeshConfig(MeshAxes(data=1, fsdp=16), fill), pod)
+    assert sizes == MeshSizes((1, 16, 1), (1, 1, 1))
+    assert mesh_sizes(MeshConfig(MeshAxes(data=1, fsdp=-1), fill), pod) == MeshSizes(
+        (1, 4, 1), (1, 4, 1)
+    )
+    hosts = replace(pod, platform=Platform.gpu)
+    assert mesh_sizes(MeshConfig(MeshAxes(data=1, fsdp=16), fill), hosts) is None
 
 
 @pytest.mark.parametrize("hardware", [cpu(8, num_hosts=4), cpu(8, num_hosts=8, num_slices=4)])
