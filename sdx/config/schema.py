@@ -1012,7 +1012,7 @@ class Config:
     attention: AttentionConfig = group("Attention kernels.")
     mesh: MeshConfig = group("How devices share the work.")
     hardware: HardwareConfig = group("Where it runs.")
-    xla: XlaConfig = group("Compiler flags.")
+    xla: XlaConfig = field(default_factory=XlaConfig, metadata={"help": "Compiler flags."})
     sampler: SamplerConfig = group("How pictures are drawn.")
     run: RunConfig = field(
         default_factory=RunConfig, metadata={"help": "Identity and place of everything written."}
