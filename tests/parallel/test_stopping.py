@@ -1,5 +1,6 @@
 """Stopping: real signals at a real process, also while its main thread is inside C code."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -64,6 +65,7 @@ def _begin(script: str, *arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},  # libtpu would speak first
     )
     assert process.stdout is not None
     line = process.stdout.readline()
