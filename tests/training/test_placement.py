@@ -110,8 +110,8 @@ def test_other_optimizers_on_64_devices(
 
 
 def test_width_is_shared_too(model: tuple[Config, Networks]) -> None:
-    """Over `tensor` go the products of the transformers, 29 % of the UNet; the rest is fsdp's."""
+    """Over `tensor` go the transformers' products, 28 to 29 % of the UNet; the rest is fsdp's."""
     found = table(model, (1, 4, 2), OptimizerKind.adamw)
     unet, halved = found["unet"], table(model, (1, 4, 1), OptimizerKind.adamw)["unet"]
     assert unet.sharded_share > 0.999
-    assert unet.on_device / halved.on_device == pytest.approx(1 - 0.286 / 2, abs=2e-3)
+    assert unet.on_device / halved.on_device == pytest.approx(1 - 0.284 / 2, abs=2e-3)
