@@ -23,7 +23,7 @@ from types import FrameType
 from sdx.config.schema import Config
 from sdx.parallel.place import ENDED_WITH_RUN
 
-EXIT_FAILED, EXIT_INTERRUPTED = 1, 75
+EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 75
 _PARENT, _TYPED = "SDX_REHEARSAL_PIPE", "SDX_REHEARSAL_OVERRIDES"
 _LOOK_EVERY_S = 0.1
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -171,6 +171,7 @@ class _Hosts:
         for number, log in enumerate(self._logs[1:], start=1):
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             followed = any(line.startswith(ENDED_WITH_RUN) for line in lines)
+            followed |= codes[0] == codes[number] == EXIT_REFUSED  # said by the first one for all
             if lines and codes[number] and not followed:
                 print(f"--- process {number} of {len(self._logs)}, exit code {codes[number]}:")
                 print("\n".join(lines[-_MOST_LINES:]), flush=True)
