@@ -18,11 +18,11 @@ from sdx.config.sizes import Size, image_sizes
 from sdx.parallel.sharding import Placement, placement
 from sdx.planning import arrays
 from sdx.planning.arrays import Arrays
+from sdx.planning.compiled import GIB
 from sdx.planning.host import HostBytes, host_bytes
 from sdx.planning.speed import Speed, Traffic, Work, speed_of, work_of
 from sdx.planning.temporaries import Share, StepBytes, encode_bytes, step_bytes
 
-GIB = 2**30
 MARGIN = 0.25
 """Share of the temporaries that the estimate may be wrong by."""
 JAX_GPU_FRACTION = 0.75  # XLA_PYTHON_CLIENT_MEM_FRACTION's default (docs.jax.dev, GPU memory)

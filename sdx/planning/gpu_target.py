@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from sdx.config.errors import any_of
 from sdx.config.schema import HardwareConfig
-
-_GIB = 2**30
+from sdx.planning.compiled import GIB
 
 
 class TopologyError(ValueError):
@@ -69,7 +68,7 @@ gpu_device_info {{
   clock_rate_ghz: {gpu.clock_ghz}
   l2_cache_size: {gpu.l2_bytes}
   memory_bandwidth: {int(hardware.hbm_gbps * 1e9)}
-  device_memory_size: {int(hardware.hbm_gib * _GIB)}
+  device_memory_size: {int(hardware.hbm_gib * GIB)}
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 8 }}

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from sdx.config.schema import Cache, Config
+from sdx.planning.compiled import GIB
 
-GIB = 2**30
 PROCESS_BYTES = int(2.0 * GIB)
 """Python, JAX, its compiler and a platform's libraries, before any array."""
 WORKER_BYTES = int(0.4 * GIB)

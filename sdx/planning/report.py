@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from sdx.config.schema import Platform
 from sdx.parallel.sharding import SMALLEST_SHARDED_BYTES
-from sdx.planning.compiled import CompiledProgram, CompiledReport
-from sdx.planning.estimate import GIB, Estimate
+from sdx.planning.compiled import GIB, CompiledProgram, CompiledReport
+from sdx.planning.estimate import Estimate
 from sdx.planning.verdict import Plan, compiler_says
 
 MIB = 2**20

@@ -12,7 +12,8 @@ from sdx.config.schema import Cache, HardwareConfig, MeshAxes, Platform, Remat
 from sdx.models import flops
 from sdx.parallel import sharding
 from sdx.planning.arrays import tpu_numbers
-from sdx.planning.estimate import GIB, JAX_GPU_FRACTION, Estimate, complete, estimate, usable_bytes
+from sdx.planning.compiled import GIB
+from sdx.planning.estimate import JAX_GPU_FRACTION, Estimate, complete, estimate, usable_bytes
 from sdx.training.program import BatchError, build
 from tests.config.quick import quick
 from tests.micro import RESOLUTION, cpu, micro_config, micro_mesh
