@@ -6,6 +6,7 @@ again with each addition until it is `PART_BYTES` long.
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from sdx.record.behind import put_later
 from sdx.record.store import AnyPath, ObjectPath
@@ -42,14 +43,48 @@ def text_parts(path: ObjectPath) -> Parts:
 def parts_of(path: AnyPath) -> list[AnyPath]:
     """The parts of `path` in order; `path` itself where it is a file; [] without either."""
     if isinstance(path, ObjectPath):
-        return [part for part in _folder(path).glob(f"*{path.suffix}") if part.stem.isdecimal()]
+        return [_folder(path) / name for name in _versions(path)]
     return [path] if path.exists() else []
 
 
 def read_parts(path: AnyPath) -> list[str]:
-    """The text of each of `parts_of`, whatever is no UTF-8 replaced."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return list(pool.map(lambda part: part.read_text("utf-8", "replace"), parts_of(path)))
+    """The text of each of `parts_of`, whatever is no UTF-8 replaced.
+
+    They are of one moment, though another process may add to them or cut them back meanwhile: all
+    but the last are the same before and after the reading, else everything is read again.
+    """
+    if isinstance(path, Path):
+        return [_text(part) for part in parts_of(path)]
+    before = _versions(path)
+    while True:
+        try:
+            with ThreadPoolExecutor(_AT_ONCE) as pool:
+                texts = list(pool.map(lambda name: _text(_folder(path) / name), before))
+        except FileNotFoundError:  # cut away after it was listed
+            texts = None
+        now = _versions(path)
+        if texts is not None and _goes_on(before, now):
+            return texts
+        before = now
+
+
+def _goes_on(before: dict[str, str], now: dict[str, str]) -> bool:
+    """Whether the last of these parts has at most grown, and the others are as they were."""
+    names = list(before)
+    return names == list(now)[: len(names)] and all(
+        before[name] == now[name] for name in names[:-1]
+    )
+
+
+def _versions(path: ObjectPath) -> dict[str, str]:
+    """Of each of `parts_of`, by name."""
+    there = _folder(path).versions()
+    wanted = (name for name in there if Path(name).stem.isdecimal())
+    return {name: there[name] for name in wanted if Path(name).suffix == path.suffix}
+
+
+def _text(part: AnyPath) -> str:
+    return part.read_text("utf-8", "replace")
 
 
 def _folder(path: ObjectPath) -> ObjectPath:

@@ -116,12 +116,14 @@ class ObjectPath:
 
     def files(self) -> dict[str, int]:
         """Bytes of every object below, by name from here, sorted."""
-        found = self._call(lambda fs: fs.find(self.key, detail=True))
-        start = len(self.key) + 1
+        return {name: int(info["size"]) for name, info in self._found().items()}
+
+    def versions(self) -> dict[str, str]:
+        """Of every object below, by name from here, sorted: another text after another put."""
+        etags = ("ETag", "etag")  # as S3 spells it, and Google
         return {
-            key[start:]: int(info["size"])
-            for key, info in sorted(found.items())
-            if key[start:] and not key.endswith("/")
+            name: next(str(info[etag]) for etag in etags if etag in info)
+            for name, info in self._found().items()
         }
 
     def size(self) -> int:
@@ -156,6 +158,16 @@ class ObjectPath:
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: folders come with what is put into them."""
+
+    def _found(self) -> dict[str, dict[str, Any]]:
+        """What the store says of every object below, by name from here, sorted."""
+        found = self._call(lambda fs: fs.find(self.key, detail=True))
+        start = len(self.key) + 1
+        return {
+            key[start:]: info
+            for key, info in sorted(found.items())
+            if key[start:] and not key.endswith("/")
+        }
 
     def _copy(self, to: "ObjectPath") -> None:
         self._call(lambda fs: fs.cp_file(self.key, to.key))

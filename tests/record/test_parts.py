@@ -71,6 +71,36 @@ def test_a_kill_while_parts_are_cut_leaves_no_gap(
     assert truncate_after(metrics, 1) == ROWS[1:2]
 
 
+@pytest.mark.parametrize("when", range(5))
+def test_who_reads_while_parts_are_cut_sees_one_story(
+    metrics: ObjectPath, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    """Before the `when`th request of a reader, a run goes on from step 1."""
+    append(metrics, LINES, monkeypatch)
+    again = [{**row, "loss": 9.0} for row in ROWS[1:4]]
+    requests = 0
+
+    def meanwhile(act: Any) -> Any:
+        def acting(path: ObjectPath) -> Any:
+            nonlocal requests
+            requests += 1
+            if requests == when + 1:
+                truncate_after(metrics, 1)
+                append(metrics, [json.dumps(row) + "\n" for row in again], monkeypatch)
+            return act(path)
+
+        return acting
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts_module, "_AT_ONCE", 1)
+        patch.setattr(parts_module, "_text", meanwhile(parts_module._text))
+        patch.setattr(parts_module, "_versions", meanwhile(parts_module._versions))
+        seen = read_metrics(metrics)
+    new = ROWS[:1] + again
+    assert seen in (ROWS, new) and requests > when
+    assert read_metrics(metrics) == new
+
+
 def test_the_log_goes_on_across_starts(bucket: str) -> None:
     path = as_path(f"{bucket}/run/log.txt")
     for text in ("one\ntwo", "token hf_" + "aB3" * 11):
