@@ -13,14 +13,13 @@ from typing import Any
 from sdx.config.compose import to_yaml
 from sdx.config.schema import Config
 from sdx.record.files import now, read_json, write_json, write_text
+from sdx.record.launched import JOB
 from sdx.record.status import Status
 from sdx.record.store import as_path
 from sdx_launchers.jobs import Ended, Job
 
 LAUNCHES, SWEEPS, SNAPSHOTS = "launches", "sweeps", "snapshots"
 _CONFIG, _JOB, _LAUNCH, _OUTCOME = "config.yaml", "job.json", "launch.json", "outcome.json"
-JOB_VARIABLE = "SDX_JOB"
-"""Names job.json to the run, which keeps what it says in run.json."""
 
 
 def record_root(config: Config) -> Path:
@@ -67,7 +66,7 @@ def job_command(
     return [
         "/usr/bin/env",
         "PYTHONPATH=" + ":".join(str(path) for path in python_path),
-        f"{JOB_VARIABLE}={folder / _JOB}",
+        f"{JOB}={folder / _JOB}",
         python or sys.executable,
         "-P",  # else the current folder's sdx would come before the snapshot's
         "-m",
@@ -101,4 +100,4 @@ def write_outcome(job: Job, ended: Ended) -> None:
 def read_outcome(folder: Path) -> Ended | None:
     """What `write_outcome` wrote; None while nothing is known."""
     fields = read_json(folder / _OUTCOME)
-    return fields and Ended(Status[fields["status"]], fields["reason"])
+    return None if fields is None else Ended(Status[fields["status"]], fields["reason"])
