@@ -42,7 +42,11 @@ def read_owner(path: AnyPath) -> Owner | None:
 
 
 def this_process() -> Owner:
-    pid = os.getpid()
+    return owner_of(os.getpid())
+
+
+def owner_of(pid: int) -> Owner:
+    """That living process of this machine."""
     return Owner(
         owner=uuid.uuid4().hex,
         pid=pid,
