@@ -1,22 +1,27 @@
 """Where a run came from: commit, uncommitted changes, package versions, Python, host, command line.
 
 The environment's variables are never recorded: they hold secrets and say little. Without git, or
-installed from a wheel, the git fields are None.
+installed from a wheel, the git fields are None. Code that runs from a snapshot (see `snapshot`)
+came from where the snapshot was taken.
 """
 
 import os
 import platform
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_SOURCE = Path(__file__).resolve().parents[1]  # the package sdx
-_GIT_TIMEOUT_S = 20
-_UNTRACKED = ("sdx", "conf", "launchers")  # below the top of the source tree
+from sdx.record.files import read_json
+from sdx.record.git import git, git_names, work_tree
+
+PACKAGE = Path(__file__).resolve().parents[1]  # sdx
+UNTRACKED = ("sdx", "conf", "launchers")
+"""Folders at the top of the source tree whose untracked files belong to it."""
+SNAPSHOT_RECORD = "snapshot.json"
+"""Beside the package sdx of a snapshot: what it was taken from."""
 _MAX_FILE_BYTES = 1 << 20
 _MAX_PATCH_CHARS = 10_000_000
 
@@ -43,11 +48,14 @@ def package_versions() -> dict[str, str]:
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
-def git_commit(source: Path = _SOURCE) -> str | None:
-    """The commit that `source` is checked out from, or None when git does not track it."""
-    if _top(source) is None:
+def git_commit(package: Path = PACKAGE) -> str | None:
+    """The commit that `package` is checked out from, or None when git does not track it."""
+    taken = read_json(package.parent / SNAPSHOT_RECORD)
+    if taken is not None:
+        return taken["commit"]
+    if work_tree(package) is None:
         return None
-    return (_git(source, "rev-parse", "HEAD") or "").strip() or None
+    return _text(package, "rev-parse", "HEAD").strip() or None
 
 
 def weights_commit(record: Mapping[str, Any] | None, source: str) -> str | None:
@@ -65,14 +73,16 @@ def _commit(record: Mapping[str, Any] | None, part: str, source: str | None) -> 
     return noted.get("commit") if noted.get("source") == source else None
 
 
-def uncommitted_changes(source: Path = _SOURCE) -> str | None:
+def uncommitted_changes(package: Path = PACKAGE) -> str | None:
     """A patch from the commit to the files on disk, new ones included; None if clean or no git."""
-    top = _top(source)
+    taken = read_json(package.parent / SNAPSHOT_RECORD)
+    if taken is not None:
+        return taken["patch"]
+    top = work_tree(package)
     if top is None:
         return None
-    patch = _git(top, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD") or ""
-    listed = _git(top, "ls-files", "-z", "--others", "--exclude-standard", "--", *_UNTRACKED) or ""
-    for name in filter(None, listed.split("\0")):
+    patch = _text(top, "diff", "--no-ext-diff", "--no-textconv", "--no-color", "HEAD")
+    for name in git_names(top, "--others", "--exclude-standard", "--", *UNTRACKED) or ():
         patch += _added(top, name)
         if len(patch) > _MAX_PATCH_CHARS:
             return patch[:_MAX_PATCH_CHARS] + "\n[cut off here: larger than sdx keeps]\n"
@@ -82,33 +92,12 @@ def uncommitted_changes(source: Path = _SOURCE) -> str | None:
 def _added(top: Path, name: str) -> str:
     path = top / name
     if not path.is_file() or path.is_symlink() or path.stat().st_size > _MAX_FILE_BYTES:
-        return f"# {name}: untracked, not included\n"
+        readable = os.fsencode(name).decode("utf-8", errors="replace")
+        return f"# {readable}: untracked, not included\n"
     # git diff --no-index exits 1 when the files differ, which here they always do
-    return _git(top, "diff", "--no-index", "--no-color", "--", os.devnull, name, differs=True) or ""
+    return _text(top, "diff", "--no-index", "--no-color", "--", os.devnull, name, differs=True)
 
 
-def _top(source: Path) -> Path | None:
-    """The top of the work tree that tracks `source`; merely lying inside one does not count."""
-    if _git(source, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return None
-    top = _git(source, "rev-parse", "--show-toplevel")
-    return Path(top.rstrip("\n")) if top else None
-
-
-def _git(folder: Path, *arguments: str, differs: bool = False) -> str | None:
-    """What git prints, or None when it is missing, fails or hangs."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=folder,
-            env={**environment, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_GIT_TIMEOUT_S,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode != 0 and not (differs and done.returncode == 1):
-        return None
-    return done.stdout.decode("utf-8", errors="replace")
+def _text(folder: Path, *arguments: str, differs: bool = False) -> str:
+    """What git prints, "" where it prints nothing or fails."""
+    return (git(folder, *arguments, differs=differs) or b"").decode("utf-8", errors="replace")

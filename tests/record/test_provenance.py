@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sdx.record import provenance as provenance_module
+from sdx.record import git as git_module
 from sdx.record.provenance import git_commit, provenance, uncommitted_changes
 
 pytestmark = pytest.mark.fast
@@ -87,7 +87,7 @@ def test_a_hanging_git_is_given_up(package: Path, monkeypatch: pytest.MonkeyPatc
     fake.write_text("#!/bin/sh\nexec sleep 30\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{package}:{os.environ['PATH']}")
-    monkeypatch.setattr(provenance_module, "_GIT_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(git_module, "_TIMEOUT_S", 0.1)
     assert git_commit(package) is None
 
 
