@@ -1,0 +1,27 @@
+"""Clusters, which live as long as the test session."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import require
+from tests.launchers.slurm_cluster import Cluster, Settings, missing, running
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Cluster]:
+    """A real SLURM of three nodes, with accounting."""
+    yield from _cluster(Settings())
+
+
+@pytest.fixture(scope="session")
+def slurm_without_accounting() -> Iterator[Cluster]:
+    """A real SLURM of two nodes that forgets a job soon after its end, as `sacct` cannot tell."""
+    yield from _cluster(Settings(nodes=2, accounting=False, remembers_s=10))
+
+
+def _cluster(settings: Settings) -> Iterator[Cluster]:
+    lacking = missing(settings)
+    require(lacking is None, lacking or "")
+    with running(settings) as cluster:
+        yield cluster
