@@ -21,9 +21,10 @@ from sdx.config.launching import LocalSettings
 from sdx.record.launched import PATIENCE_S, PIPE
 from sdx.record.lock import is_held
 from sdx.record.owner import Owner, lives_here, owner_of
+from sdx.record.snapshot import Snapshot, SnapshotError, take_snapshot
 from sdx.record.status import Status, read_status
 from sdx_launchers.jobs import Ended, Job, LaunchError
-from sdx_launchers.launch_record import job_command, write_launch
+from sdx_launchers.launch_record import SNAPSHOTS, job_command, write_launch
 from sdx_launchers.shares import Share, share_out, this_machine
 
 _LOG = "log.txt"
@@ -45,6 +46,7 @@ class LocalLauncher:
         self._pins = settings.pin
         self._python = settings.python or sys.executable
         self._children: list[_Child] = []
+        self._snapshot: Snapshot | None = None
 
     def problems(self, jobs: Sequence[Job]) -> list[Problem]:
         """None that are known before: what the machine lacks, the run itself finds."""
@@ -56,7 +58,7 @@ class LocalLauncher:
         lines = []
         for number, job in enumerate(jobs):
             share = shares[number % len(shares)]
-            argv = job_command(job, _tree(), self._python)
+            argv = job_command(job, [_snapshots(job) / "DIGEST"], self._python)
             lines.append(f"{share.describe()}{shlex.join(argv)} > {job.folder / _LOG}")
         return "\n".join(lines)
 
@@ -107,7 +109,7 @@ class LocalLauncher:
         shares = self._shares(count)
         share = shares[slot % len(shares)]
         _check(job, share, count)
-        argv = job_command(job, _tree(), self._python)
+        argv = job_command(job, self._code(job).python_path, self._python)
         environment = os.environ | share.environment() | {
             PIPE: str(self._pipe), "PYTHONUNBUFFERED": "1"
         }  # fmt: skip
@@ -128,6 +130,15 @@ class LocalLauncher:
         owner = owner_of(process.pid)
         write_launch(job, "sdx_local", child.id, process=asdict(owner))
         return child
+
+    def _code(self, job: Job) -> Snapshot:
+        """All jobs of a sweep run the code there was when the first of them started."""
+        if self._snapshot is None:
+            try:
+                self._snapshot = take_snapshot(_snapshots(job))
+            except SnapshotError as error:
+                raise LaunchError(str(error)) from None
+        return self._snapshot
 
     def _shares(self, count: int) -> list[Share]:
         if not self._pins:
@@ -223,12 +234,8 @@ class _Attached:
         return self._process is not None and lives_here(self._process) is True
 
 
-def _tree() -> list[Path]:
-    """Where the packages sdx and sdx_launchers lie."""
-    import sdx
-
-    top = Path(sdx.__path__[0]).parent
-    return [top, top / "launchers"]
+def _snapshots(job: Job) -> Path:
+    return job.folder.parent.parent / SNAPSHOTS
 
 
 def _check(job: Job, share: Share, count: int) -> None:

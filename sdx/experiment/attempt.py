@@ -1,10 +1,12 @@
 """The acts of a start that holds its folder: compile, restore, train, draw, judge, export."""
 
 import json
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict
 
 from sdx.config import resolve
@@ -31,6 +33,7 @@ from sdx.record.log import Log
 from sdx.record.metrics import truncate_after
 from sdx.record.redact import redact
 from sdx.record.status import Status
+from sdx.record.stop_request import StopWatch
 from sdx.record.store import StoreError
 from sdx.record.validation import ValidationHistory, history_of
 from sdx.sampling.denoise import SamplingStopped
@@ -81,14 +84,15 @@ class Attempt:
             warning = warn(self.setup.config)
             if warning is not None:
                 self.say(warning)
-        try:
-            with self.stop.compiling():
-                program = self._compile()
-                frozen = self._load_frozen(program)
-                evaluator = self._evaluator(program, frozen)
-            return self._train(program, frozen, evaluator)
-        except SamplingStopped:
-            return self._interrupted(self.record.step)
+        with self._stops_when_asked():
+            try:
+                with self.stop.compiling():
+                    program = self._compile()
+                    frozen = self._load_frozen(program)
+                    evaluator = self._evaluator(program, frozen)
+                return self._train(program, frozen, evaluator)
+            except SamplingStopped:
+                return self._interrupted(self.record.step)
 
     def fail(self, reason: str, trace: str = "") -> None:
         """Notes that the run failed and why; what it saved stays."""
@@ -398,7 +402,7 @@ class Attempt:
         return self.stop.agreed()
 
     def _interrupted(self, step: int) -> int:
-        what = f"interrupted by {self.stop.signal_name} after step {step}"
+        what = f"{self._end_in_words()} after step {step}"
         if _saves(self.setup.config):
             self.say(f"{what}, saved; the same command goes on from there")
         else:
@@ -409,8 +413,22 @@ class Attempt:
 
     def interrupted_at_once(self) -> None:
         """Notes that a signal ended the process while it compiled."""
-        self.say("interrupted; the same command goes on from the last checkpoint")
+        asked = self.record.asked()
+        what = "interrupted" if asked is None else self._end_in_words()
+        self.say(f"{what}; the same command goes on from the last checkpoint")
         self.record.finish(Status.interrupted)
+
+    def _stops_when_asked(self) -> AbstractContextManager[object]:
+        """Within it a request to stop has the effect of a signal; the first process hears it."""
+        if not is_first():
+            return nullcontext()
+        return StopWatch(self.setup.paths, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    def _end_in_words(self) -> str:
+        asked = self.record.asked()
+        if asked is None:
+            return f"interrupted by {self.stop.signal_name}"
+        return asked.status.name + (f" ({asked.reason})" if asked.reason else "")
 
 
 def _saves(config: Config) -> bool:

@@ -22,6 +22,7 @@ from types import FrameType
 
 from sdx.config.schema import Config
 from sdx.parallel.place import ENDED_WITH_RUN
+from sdx.record.launched import end_with_driver, launched_job
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 75
 _PARENT, _TYPED = "SDX_REHEARSAL_PIPE", "SDX_REHEARSAL_OVERRIDES"
@@ -54,10 +55,12 @@ def rehearse(command: str, config: Config, overrides: Sequence[str]) -> int:
 
 
 def typed(overrides: list[str]) -> list[str]:
-    """What a person typed: in a process of a rehearsal, at the command that started it. Call it
-    first of all: from then on this process ends with that one."""
+    """What a person typed: in a process of a rehearsal or a job of a sweep, at the command that
+    started it. Call it first of all: from then on this process ends with that one."""
+    end_with_driver()
     if _PARENT not in os.environ:
-        return overrides
+        job = launched_job()
+        return overrides if job is None else list(job.overrides)
     pipe = int(os.environ.pop(_PARENT))
 
     def end_with_parent() -> None:

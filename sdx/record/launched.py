@@ -15,6 +15,12 @@ from sdx.record.files import read_json
 
 JOB, PIPE = "SDX_JOB", "SDX_DRIVER_PIPE"
 """Variables: the path of job.json, and the number of the pipe's descriptor."""
+NODES = "SDX_NODES"
+"""Variable: the nodes of a job, from a launcher whose scheduler does not tell them."""
+_SCHEDULER = (
+    "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT",
+    "SLURM_JOB_NODELIST", NODES,
+)  # fmt: skip
 PATIENCE_S = 300.0  # to save in, when the sweep is gone
 
 
@@ -34,6 +40,11 @@ def launched_job() -> LaunchedJob | None:
     if fields is None:
         return None
     return LaunchedJob(fields["sweep"], fields["launcher"], tuple(fields["overrides"]))
+
+
+def scheduler_ids() -> dict[str, str]:
+    """What the scheduler calls this job, and where it put it, by its own variables."""
+    return {name: os.environ[name] for name in _SCHEDULER if name in os.environ}
 
 
 def end_with_driver() -> None:

@@ -30,6 +30,11 @@ class RunPaths(Generic[Root]):
         return self.root / "lock.json"
 
     @property
+    def stop(self) -> Root:
+        """What somebody asked the run to do: see stop_request."""
+        return self.root / "stop.json"
+
+    @property
     def metrics(self) -> Root:
         return self.root / "metrics.jsonl"
 

@@ -14,10 +14,12 @@ from typing import Any
 
 from sdx.record.behind import flush
 from sdx.record.files import now, read_json, write_json, write_text
+from sdx.record.launched import launched_job, scheduler_ids
 from sdx.record.lock import RefusedStart, RunLock
 from sdx.record.paths import RunPaths
 from sdx.record.provenance import provenance, uncommitted_changes
 from sdx.record.status import RunStatus, Status, read_status, write_status
+from sdx.record.stop_request import StopRequest, read_stop
 from sdx.record.store import AnyPath, StoreError
 
 
@@ -80,17 +82,27 @@ class RunRecord:
         write_status(self.paths, Status.running, step=step, later=True)
 
     def finish(self, status: Status, *, step: int | None = None, reason: str | None = None) -> None:
-        """Writes how this attempt ended and frees the lock; only the first call of any thread."""
+        """Writes how this attempt ended and frees the lock; only the first call of any thread.
+
+        An interrupted run that was asked to stop ends as was asked.
+        """
         with self._ending:
             if self._ended:
                 return
             self._ended = True
             step = self.step if step is None else step
+            asked = self.asked() if status is Status.interrupted else None
+            if asked is not None:
+                status, reason = asked.status, asked.reason
             if not self.lock.lost:  # then the folder is another process's to write
                 flush()
                 self._note(ended=now(), last_step=step, outcome=status, reason=reason)
                 write_status(self.paths, status, step=step, reason=reason)
             self.lock.release()
+
+    def asked(self) -> StopRequest | None:
+        """What somebody asked of the run since this start."""
+        return read_stop(self.paths)
 
     def _note(self, **fields: Any) -> None:
         path = _attempt_path(self.paths, self.attempt)
@@ -121,6 +133,10 @@ class FollowedRecord:
 
     def finish(self, status: Status, *, step: int | None = None, reason: str | None = None) -> None:
         """As RunRecord's."""
+
+    def asked(self) -> StopRequest | None:
+        """Nothing: the first process hears and tells."""
+        return None
 
 
 AnyRecord = RunRecord | FollowedRecord
@@ -228,6 +244,7 @@ def _write_start(
 ) -> None:
     paths, attempt = record.paths, record.attempt
     paths.attempts.mkdir(exist_ok=True)
+    paths.stop.unlink(missing_ok=True)
     _close_attempt(paths, attempt - 1)
     patch = uncommitted_changes()
     if patch is not None:
@@ -236,7 +253,14 @@ def _write_start(
     known = read_json(paths.run) or {"created": now(), "parent": parent}
     program = provenance()
     program["git_patch"] = None if patch is None else f"attempts/{paths.patch(attempt).name}"
-    this_start = {"overrides": list(overrides), "devices": list(devices), "attempts": attempt}
+    job = launched_job()
+    this_start = {
+        "overrides": list(overrides),
+        "sweep": job and job.sweep,
+        "launcher": job and job.launcher,
+        "devices": list(devices),
+        "attempts": attempt,
+    }
     write_json(paths.run, {**known, **this_start, **program, "config": config})
     attempt_fields = {
         "attempt": attempt,
@@ -247,6 +271,7 @@ def _write_start(
         "last_step": None,
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "scheduler": scheduler_ids(),
         "git_commit": program["git_commit"],
         "overrides": list(overrides),
         "devices": list(devices),
@@ -268,7 +293,8 @@ def _close_attempt(paths: RunPaths, attempt: int) -> None:
 
 
 def _exists(paths: RunPaths) -> bool:
-    """Whether anything lies there but a lock, or the announcement of a job not started yet."""
+    """Whether anything lies there but a lock, a stale request, or the announcement of a job not
+    started yet."""
     if not paths.root.exists():
         return False
     if not paths.root.is_dir():
@@ -276,7 +302,10 @@ def _exists(paths: RunPaths) -> bool:
     status = read_status(paths)
     if status is not None and status.status is Status.queued and _last_attempt(paths) == 0:
         return False
-    return not all(_is_lock(paths, entry.name) for entry in paths.root.iterdir())
+    return not all(
+        _is_lock(paths, entry.name) or entry.name == paths.stop.name
+        for entry in paths.root.iterdir()
+    )
 
 
 def _is_lock(paths: RunPaths, name: str) -> bool:
