@@ -234,8 +234,22 @@ class TpuSettings(LauncherSettings):
     setup: list[str] = option(
         [], "Shell lines on each worker before sdx is installed.", identity=False
     )
+    environment: list[str] = option(
+        [],
+        "Variables that jobs get from here, as [HF_TOKEN]; over ssh, never in a file.",
+        identity=False,
+    )
     install: str | None = option(
         None,
         "Shell line that makes {python} run what is in {snapshot}; null = a venv with sdx[tpu].",
         identity=False,
     )
+
+
+SWEEPERS: dict[str, type[SweeperSettings]] = {"sdx": SweeperSettings, "sdx_search": SearchSettings}
+LAUNCHERS: dict[str, type[LauncherSettings]] = {
+    "sdx_local": LocalSettings,
+    "sdx_slurm": SlurmSettings,
+    "sdx_tpu": TpuSettings,
+}
+"""Options of hydra/sweeper and hydra/launcher, with their keys."""

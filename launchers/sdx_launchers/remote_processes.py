@@ -1,0 +1,194 @@
+"""A job's processes on all its workers: watched, stopped together, and their logs shown."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from sdx.record.launched import PATIENCE_S
+from sdx_launchers.ssh import Host, last_lines
+
+EXIT_INTERRUPTED = 75
+_LOOK_EVERY_S = 0.2
+_SIGN_OF_LIFE_EVERY_S = 5.0
+_LEAVE_ALONE_S = 5.0  # processes of a run notice one another's failure, and say so in its record
+_SAVE_S = 30.0  # from SIGTERM to SIGKILL, where one worker failed
+_LET_GO_S = 30.0  # from SIGKILL there to the end of the connection
+_MOST_CHARACTERS = 300  # of a log's last line, as a reason
+
+
+@dataclass(frozen=True)
+class RemoteEnd:
+    """How a job's processes ended: the exit code of the one that failed first, else 75 where one
+    was interrupted, else 0. None where a worker was lost before it could say.
+    """
+
+    code: int | None
+    reason: str | None = None
+    """Names the worker, and its signal or last words; None where all went well."""
+
+
+@dataclass
+class RemoteProcess:
+    """The process of one worker: the ssh that runs it, and the files it writes here."""
+
+    host: Host
+    client: "subprocess.Popen[bytes]"
+    token: str
+    log: Path
+    said_by_ssh: Path
+    code: int | None = None
+    """Of the job's process there; None while it runs and where it was lost."""
+    has_ended: bool = False
+
+    def look(self) -> bool:
+        """Whether it ended since the last look."""
+        if self.has_ended or self.client.poll() is None:
+            return False
+        self.has_ended = True
+        if self.client.stdin is not None:
+            with suppress(BrokenPipeError):
+                self.client.stdin.close()
+        for line in self.said_by_ssh.read_text(errors="replace").splitlines():
+            if line.startswith(self.token):
+                self.code = int(line.split()[1])
+        return True
+
+    def tell(self, word: str) -> None:
+        """A word to the supervisor there; an empty one is a sign of life."""
+        assert self.client.stdin is not None
+        with suppress(BlockingIOError, BrokenPipeError, ValueError):  # gone, or its network is
+            self.client.stdin.write(f"{word}\n".encode())
+
+    def reason(self) -> str:
+        """Why it ended, for a person."""
+        if self.code is None:
+            said = last_lines(self.said_by_ssh, 1) or f"ssh ended with {self.client.returncode}"
+            return f"{self.host}: the connection was lost ({said[:_MOST_CHARACTERS]})"
+        if self.code < 0:
+            return f"{self.host}: ended by {_signal_name(-self.code)}"
+        said = last_lines(self.log, 1)[:_MOST_CHARACTERS]
+        return f"{self.host}: exit code {self.code}{said and ': '}{said}"
+
+
+class RemoteProcesses:
+    """All of them. A thread watches: when one fails, the others are stopped."""
+
+    def __init__(self, processes: Sequence[RemoteProcess], *, speaks: bool):
+        self._processes = processes
+        self._end: RemoteEnd | None = None
+        self._failed: RemoteProcess | None = None
+        self._is_stopped = False
+        self._steps: list[tuple[float, str]] = []
+        """What is still to be said to those that run, and when; in order."""
+        self._echo = _Echo(processes[0].log) if speaks else None
+        self._deciding = threading.Lock()
+        self._watcher = threading.Thread(target=self._watch, name="sdx-workers", daemon=True)
+        self._watcher.start()
+
+    def poll(self) -> RemoteEnd | None:
+        """How they ended; None while one runs."""
+        return self._end
+
+    def stop(self) -> None:
+        """Asks all to save and end, exit code 75; returns at once."""
+        self._is_stopped = True
+        self._tell("stop")
+
+    def kill(self) -> None:
+        """Ends all, and returns when they have."""
+        self._is_stopped = True
+        with self._deciding:
+            self._steps = self._ending(time.monotonic())
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        alive_at = 0.0
+        while any(not process.has_ended for process in self._processes):
+            time.sleep(_LOOK_EVERY_S)
+            for process in self._processes:
+                if process.look() and process.code != 0:
+                    self._note(process)
+            if time.monotonic() - alive_at > _SIGN_OF_LIFE_EVERY_S:
+                alive_at = time.monotonic()
+                self._tell("")
+            self._take_steps()
+            if self._echo is not None:
+                self._echo.show()
+        if self._echo is not None:
+            self._echo.close()
+        self._end = self._outcome()
+
+    def _note(self, process: RemoteProcess) -> None:
+        """The first that did not finish makes the others end; a failure does so sooner."""
+        is_failure = process.code != EXIT_INTERRUPTED
+        with self._deciding:
+            if is_failure and self._failed is None and not self._is_ended_by_us(process):
+                self._failed = process
+                begin = time.monotonic() + _LEAVE_ALONE_S
+                self._steps = [(begin, "stop"), *self._ending(begin + _SAVE_S)]
+            elif not self._steps and self._failed is None:
+                begin = time.monotonic() + _LEAVE_ALONE_S
+                self._steps = [(begin, "stop"), *self._ending(begin + PATIENCE_S)]
+
+    def _is_ended_by_us(self, process: RemoteProcess) -> bool:
+        return self._is_stopped and process.code in (-signal.SIGKILL, -signal.SIGTERM)
+
+    def _ending(self, begin: float) -> list[tuple[float, str]]:
+        return [(begin, "kill"), (begin + _LET_GO_S, "let go")]
+
+    def _take_steps(self) -> None:
+        with self._deciding:
+            due = [word for at, word in self._steps if at <= time.monotonic()]
+            self._steps = self._steps[len(due) :]
+        for word in due:
+            self._tell(word)
+
+    def _tell(self, word: str) -> None:
+        for process in self._processes:
+            if process.has_ended:
+                continue
+            if word == "let go":
+                process.client.kill()
+            else:
+                process.tell(word)
+
+    def _outcome(self) -> RemoteEnd:
+        if self._failed is not None:
+            return RemoteEnd(self._failed.code, self._failed.reason())
+        for process in self._processes:
+            if process.code is None or process.code < 0:
+                return RemoteEnd(process.code, process.reason())
+        codes = {process.code for process in self._processes}
+        return RemoteEnd(EXIT_INTERRUPTED if EXIT_INTERRUPTED in codes else 0)
+
+
+class _Echo:
+    """What one worker says, on the terminal as well."""
+
+    def __init__(self, log: Path):
+        self._log: IO[bytes] = open(log, "rb")  # noqa: SIM115  # closed when the job has ended
+        self._log.seek(0, 2)
+
+    def show(self) -> None:
+        text = self._log.read().decode(errors="replace")
+        if text:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        self.show()
+        self._log.close()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
