@@ -25,6 +25,22 @@ def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
     return rows
 
 
+def read_column(path: AnyPath, name: str) -> list[tuple[int, float | None]]:
+    """Step and value of the rows that have a value of that name, None where it was not finite; what
+    has none is not even parsed. Otherwise as `read_metrics`."""
+    lines, key = _lines("".join(read_parts(path))), json.dumps(name) + ":"
+    column = []
+    for number, line in enumerate(lines, start=1):
+        if key not in line:
+            continue
+        row = _row(line)
+        if row is not None and "step" in row:
+            column.append((int(row["step"]), row[name]))
+        elif number < len(lines):
+            raise ValueError(f"{path}:{number}: not a row of metrics: {line[:80]!r}")
+    return column
+
+
 def truncate_after(path: AnyPath, step: int) -> list[dict[str, Any]]:
     """Keeps the rows up to and with `step`, returns the others: going on tells no step twice.
 
