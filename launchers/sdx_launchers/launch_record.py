@@ -19,7 +19,7 @@ from sdx.record.store import as_path
 from sdx_launchers.jobs import Ended, Job
 
 LAUNCHES, SWEEPS, SNAPSHOTS = "launches", "sweeps", "snapshots"
-_CONFIG, _JOB, _LAUNCH, _OUTCOME = "config.yaml", "job.json", "launch.json", "outcome.json"
+CONFIG, _JOB, _LAUNCH, _OUTCOME = "config.yaml", "job.json", "launch.json", "outcome.json"
 
 
 def record_root(config: Config) -> Path:
@@ -36,7 +36,7 @@ def job_folder(config: Config, name: str) -> Path:
 def write_job(job: Job, launcher: str) -> None:
     """Everything the job's process needs, and no word of how an earlier one ended."""
     job.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_text(job.folder / _CONFIG, to_yaml(job.config))
+    write_text(job.folder / CONFIG, to_yaml(job.config))
     fields = {
         "sweep": job.sweep,
         "launcher": launcher,
@@ -72,7 +72,7 @@ def job_command(
         "-m",
         f"sdx.{job.command}",
         "--from",
-        str(folder / _CONFIG),
+        str(folder / CONFIG),
     ]
 
 
