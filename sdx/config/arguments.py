@@ -79,7 +79,6 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             result.problems.append(Problem(name, None, "not a switch of sdx", _REFUSED[name]))
         else:
             result.problems.append(_foreign(name, value if has_value else None, tokens))
-    _check_launcher(result)
     return result
 
 
@@ -117,15 +116,3 @@ def _foreign(name: str, value: str | None, tokens: list[str]) -> Problem:
     near = by_name.get(near, near) if near else None
     fix = "options are written KEY=VALUE" + (f": {near}={value or '…'}" if near else "")
     return Problem(shown, None, "unknown flag", fix)
-
-
-def _check_launcher(result: Arguments) -> None:
-    """Hydra ignores launchers and sweepers in silence unless it runs many jobs."""
-    if result.multirun or result.hydra_switches:
-        return
-    for text in [*result.overrides]:
-        key, _, value = text.lstrip("+").partition("=")
-        if key.startswith(("hydra/launcher", "hydra/sweeper", "hydra.launcher.", "hydra.sweeper.")):
-            result.overrides.remove(text)
-            problem = Problem(key, value, "has no effect without --multirun", "add --multirun")
-            result.problems.append(problem)

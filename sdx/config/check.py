@@ -204,12 +204,13 @@ _NEVER_IDLE = (
 def _bounds(config: Config) -> Iterator[Problem]:
     for leaf in leaves().values():
         got = value(config, leaf.path)
-        if isinstance(got, int | float) and (rule := _outside(leaf, got)):
+        if isinstance(got, int | float) and (rule := outside(leaf, got)):
             fix = "null = off" if got == -1 and leaf.optional else None
             yield Problem(leaf.path, spelled(got), rule, fix)
 
 
-def _outside(leaf: Leaf, got: float) -> str | None:
+def outside(leaf: Leaf, got: float) -> str | None:
+    """What bounds of the key `got` is beyond; None where it is within."""
     low, high, above, below = leaf.at_least, leaf.at_most, leaf.above, leaf.below
     inside = (
         (low is None or got >= low)

@@ -13,29 +13,26 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdx.config.arguments import Arguments, parse_arguments
 from sdx.config.errors import ConfigError, Problem
 from sdx.config.folders import CONF, option_folders
 from sdx.config.schema import Config
 
+if TYPE_CHECKING:  # they bring Hydra, which --help and saved configurations need not wait for
+    from sdx.config.sweeping import SweepRequest, SweptJob
+
 Body = Callable[..., int]
 """(config, overrides), and for a command with root keys of its own (command_keys.py) those as well,
 to the exit code."""
 Adjust = Callable[[Config], Config]
 
+_LAUNCHED = ("train", "encode")  # commands whose jobs of a sweep are processes of their own
 _REFUSED, _INTERRUPTED, _FAILED, _DOES_NOT_FIT = 2, 75, 1, 3
 _PLACES = ("run.name=", "run.output_dir=")  # with these a saved configuration leaves its folder
-
-
-@dataclass(frozen=True)
-class _Job:
-    config: Config
-    overrides: list[str]
 
 
 def run(command: str, argv: Sequence[str], body: Body, *, adjust: Adjust | None = None) -> int:
@@ -57,12 +54,19 @@ def run(command: str, argv: Sequence[str], body: Body, *, adjust: Adjust | None 
         if arguments.hydra_switches:
             _show(command, arguments)
             return 0
-        jobs = _jobs(arguments, adjust)
         if own is not None:
             body = partial(_with_own, body, own)
-        if arguments.multirun:
-            return _sweep(command, arguments, jobs, body, own is not None and own.writes_data)
-        return body(jobs[0].config, jobs[0].overrides)
+        if arguments.saved is not None:
+            config = _saved(arguments, adjust)
+            return body(config, arguments.overrides)
+        from sdx.config.sweeping import read_request
+
+        asked = read_request(command, arguments, adjust)
+        if isinstance(asked, Config):
+            return body(asked, arguments.overrides)
+        if command in _LAUNCHED:
+            return _launch(asked, arguments.config_dir)
+        return _run_here(asked.jobs, body, own is not None and own.writes_data)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return _REFUSED
@@ -72,37 +76,22 @@ def _with_own(body: Body, own: Any, config: Config, overrides: list[str]) -> int
     return body(config, overrides, own)
 
 
-def _jobs(arguments: Arguments, adjust: Adjust | None) -> list[_Job]:
-    """Every job that was asked for, composed and checked; raises ConfigError with all faults of all
-    jobs.
-    """
+def _saved(arguments: Arguments, adjust: Adjust | None) -> Config:
+    """The saved configuration with overrides on top, in the folder it was saved in."""
+    from sdx.config.compose import from_saved
+
+    saved, overrides = arguments.saved, arguments.overrides
+    assert saved is not None
     problems = [*arguments.problems]
-    jobs: list[_Job] = []
-    batches = [arguments.overrides]
     if arguments.multirun:
-        batches, faults = _expanded(arguments)
-        problems += faults
-    if arguments.saved and arguments.multirun:
-        problems.append(
-            Problem("--from", str(arguments.saved), "cannot be swept", "drop --multirun")
-        )
-    for overrides in batches:
-        try:
-            jobs.append(_Job(_config(arguments, overrides, adjust), overrides))
-        except ConfigError as error:
-            problems += error.problems
+        fix = "drop --multirun"
+        problems.append(Problem("--from", str(saved), "cannot be swept", fix))
+    try:
+        config = from_saved(saved, overrides, adjust=adjust)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
     if problems:
         raise ConfigError(problems)
-    return _with_own_folders(jobs) if arguments.multirun else jobs
-
-
-def _config(arguments: Arguments, overrides: list[str], adjust: Adjust | None) -> Config:
-    from sdx.config.compose import compose, from_saved
-
-    saved = arguments.saved
-    if saved is None:
-        return compose(overrides, config_dir=arguments.config_dir, adjust=adjust)
-    config = from_saved(saved, overrides, adjust=adjust)
     if not saved.is_dir() or any(text.startswith(_PLACES) for text in overrides):
         return config
     folder = saved.resolve()
@@ -110,76 +99,26 @@ def _config(arguments: Arguments, overrides: list[str], adjust: Adjust | None) -
     return dataclasses.replace(config, run=place)
 
 
-def _expanded(arguments: Arguments) -> tuple[list[list[str]], list[Problem]]:
-    """The overrides of each job of a sweep, as Hydra's basic sweeper multiplies them out."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+def _launch(request: "SweepRequest", config_dir: Path | None) -> int:
+    """The sweep, by the sweeper and the launcher that Hydra finds."""
 
-    from sdx.config.compose import composing
-    from sdx.config.overrides import parse
+    def task(_: object) -> None:
+        raise AssertionError("jobs are processes of their own")
 
-    parsed = [(text, parse(text)) for text in arguments.overrides]
-    problems = [item for _, item in parsed if isinstance(item, Problem)]
-    texts = [
-        text
-        for text, item in parsed
-        if not isinstance(item, Problem) and not text.lstrip("+").startswith(("hydra.", "hydra/"))
-    ]
-    with composing(option_folders(arguments.config_dir)):
-        hydra = GlobalHydra.instance().hydra
-        assert hydra is not None
-        parser = OverridesParser.create(config_loader=hydra.config_loader)
-        try:
-            [batches] = BasicSweeper.split_arguments(parser.parse_overrides(texts), None)
-        except HydraException as error:
-            return [], [*problems, Problem("--multirun", None, str(error).rstrip("."))]
-    return batches, problems
+    vars(task)["request"] = request  # for the plugins, which Hydra hands the task to
+    with tempfile.TemporaryDirectory() as scratch:  # Hydra insists on writing a multirun.yaml
+        where = [f"hydra.sweep.dir={scratch}", "hydra.sweep.subdir=."]
+        _hydra(request.command, ["--multirun", *request.overrides, *where], config_dir, task)
+    return request.exit_code
 
 
-def _with_own_folders(jobs: list[_Job]) -> list[_Job]:
-    """Jobs whose run folders differ: a given name becomes a prefix, keys outside the identity a
-    suffix. They export nothing at their end unless that, or an upload, is typed.
+def _run_here(jobs: Sequence["SweptJob"], body: Body, writes_data: bool) -> int:
+    """All jobs one after the other in this process; Ctrl-C in one leaves the rest unstarted. Where
+    jobs write data, what is said of them goes to standard error.
     """
-    from sdx.config.identity import folder_names
-
-    names = folder_names([job.config for job in jobs], [job.overrides for job in jobs])
-    return [
-        _Job(
-            dataclasses.replace(
-                job.config,
-                run=dataclasses.replace(job.config.run, name=name),
-                export=dataclasses.replace(job.config.export, at_end=_exports(job)),
-            ),
-            job.overrides,
-        )
-        for job, name in zip(jobs, names, strict=True)
-    ]
-
-
-def _exports(job: _Job) -> bool:
-    typed = {text.lstrip("+").partition("=")[0] for text in job.overrides}
-    export = job.config.export
-    uploads = "export.push_to_hub" in typed and export.push_to_hub
-    return export.at_end and ("export.at_end" in typed or uploads)
-
-
-def _sweep(
-    command: str, arguments: Arguments, jobs: list[_Job], body: Body, writes_data: bool
-) -> int:
-    """All jobs one after the other through Hydra's sweeper; Ctrl-C in one leaves the rest
-    unstarted. Where jobs write data, what is said of them goes to standard error.
-    """
-    from hydra.core.hydra_config import HydraConfig
-
     codes: list[int] = []
-
-    def job_body(_: object) -> None:
-        job = jobs[HydraConfig.get().job.num]
-        if _INTERRUPTED in codes:
-            return
-        said = f"job {len(codes) + 1} of {len(jobs)}: {' '.join(job.overrides)}"
+    for number, job in enumerate(jobs, start=1):
+        said = f"job {number} of {len(jobs)}: {' '.join(job.overrides)}"
         print(said, flush=True, file=sys.stderr if writes_data else sys.stdout)
         try:
             codes.append(body(job.config, job.overrides))
@@ -189,12 +128,8 @@ def _sweep(
         except Exception:
             traceback.print_exc()
             codes.append(_FAILED)
-
-    with tempfile.TemporaryDirectory() as scratch:  # Hydra insists on writing a multirun.yaml
-        where = [f"hydra.sweep.dir={scratch}", "hydra.sweep.subdir=."]
-        _hydra(
-            command, ["--multirun", *arguments.overrides, *where], arguments.config_dir, job_body
-        )
+        if codes[-1] == _INTERRUPTED:
+            break
     return exit_code(codes)
 
 

@@ -6,6 +6,7 @@ one by one, the good ones are composed, and the result is checked as a whole.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,13 +16,13 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sdx.config.check import check, check_given
 from sdx.config.errors import ConfigError, Problem, nearest
-from sdx.config.folders import CONF, option_folders
+from sdx.config.folders import CONF, option_folders, reach_launchers
 from sdx.config.leaves import groups, leaves
 from sdx.config.overrides import Inspected, explain, inspect
 from sdx.config.schema import SCHEMA_VERSION, Config
@@ -44,11 +45,31 @@ def compose(
     `config_dir` holds more options for the groups of `conf/`; `./conf` is searched as well.
     `adjust` comes before the check of the whole.
     """
+    composed = compose_with_hydra(overrides, config_dir=config_dir, adjust=adjust)
+    if composed.problems or composed.config is None:
+        raise ConfigError(composed.problems)
+    return composed.config
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What overrides came to, as far as that went: nothing is wrong where `problems` is empty."""
+
+    config: Config | None
+    hydra: DictConfig | None
+    """Hydra's own configuration beside it: sweeper, launcher, mode."""
+    problems: list[Problem]
+
+
+def compose_with_hydra(
+    overrides: Sequence[str], *, config_dir: Path | None = None, adjust: Adjust | None = None
+) -> Composed:
+    """As `compose`, with Hydra's own configuration and without raising."""
     folders = option_folders(config_dir)
     inspected = inspect(overrides, folders)
     problems = [*_shadowing(folders), *inspected.problems]
     with composing(folders):
-        config, found = _composed([*inspected.sound, *search_path(folders)])
+        config, hydra, found = _composed([*inspected.sound, *search_path(folders)])
     problems += found
     if config is not None and adjust is not None:
         config = adjust(config)
@@ -56,9 +77,7 @@ def compose(
         suggested = {problem.suggested for problem in problems}
         faults = [*check(config), *check_given(config, inspected.keys)]
         problems += [fault for fault in faults if fault.path not in suggested]
-    if problems or config is None:
-        raise ConfigError(problems)
-    return config
+    return Composed(config, hydra, problems)
 
 
 @runtime_checkable
@@ -148,16 +167,23 @@ def search_path(folders: Sequence[Path]) -> list[str]:
 
 
 def register() -> None:
-    """Tell Hydra the schema."""
+    """Tell Hydra the schema, and where to find the sweepers and launchers."""
+    reach_launchers()
     ConfigStore.instance().store(name="base_config", node=Config)
 
 
-def _composed(overrides: Sequence[str]) -> tuple[Config | None, list[Problem]]:
+def _composed(
+    overrides: Sequence[str],
+) -> tuple[Config | None, DictConfig | None, list[Problem]]:
     try:
-        node = hydra_compose(config_name="config", overrides=list(overrides))
+        node = hydra_compose("config", list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        return None, [explain(error)]
-    return typed(node)
+        return None, None, [explain(error)]
+    hydra = node.hydra
+    with open_dict(node):
+        del node["hydra"]
+    config, problems = typed(node)
+    return config, hydra, problems
 
 
 def _place(inspected: Inspected, folders: Sequence[Path]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Where the options of groups lie: our `conf/`, then the user's folders."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,13 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 CHECKOUT = _PACKAGE.parent if (_PACKAGE.parent / "conf" / "config.yaml").is_file() else None
 
 CONF: Path = (CHECKOUT or _PACKAGE) / "conf"  # the checkout's folder, or its copy in a wheel
+
+
+def reach_launchers() -> None:
+    """Puts the checkout's launchers on the path, before those of another sdx: an installed sdx has
+    them beside it. Hydra looks for its plugins once, with its first composition."""
+    if CHECKOUT is not None and str(CHECKOUT / "launchers") not in sys.path:
+        sys.path.insert(0, str(CHECKOUT / "launchers"))
 
 
 def option_folders(config_dir: Path | None = None) -> list[Path]:

@@ -1,0 +1,1 @@
+"""What Hydra finds of sdx: adapters of its sweepers and launchers."""

@@ -1,0 +1,74 @@
+"""The record of a sweep: `<record root>/sweeps/<sweep>/`, a manifest of its jobs and what is made of
+them at the end."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdx.config.schema import Config
+from sdx.config.sweeping import SweptJob
+from sdx.record.files import read_json, write_json
+from sdx.record.paths import RunPaths
+from sdx.record.store import as_path
+from sdx_launchers.jobs import Job
+from sdx_launchers.launch_record import SWEEPS, job_folder, record_root
+
+_MANIFEST = "sweep.json"
+
+
+def sweep_name(command: str, jobs: Sequence[SweptJob], given: str | None) -> str:
+    """What the sweep's folder is called: the same for the same jobs, whatever their limits."""
+    if given is not None:
+        return given
+    config = jobs[0].config
+    text = "\n".join([command, *sorted(str(job.config.run.name) for job in jobs)])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{config.model.name}-{config.data.kind.name}-{digest}"
+
+
+def sweep_folder(config: Config, name: str) -> Path:
+    """The folder of the sweep of that name, by the configuration of one of its jobs."""
+    return record_root(config) / SWEEPS / name
+
+
+def make_jobs(command: str, swept: Sequence[SweptJob], sweep: str) -> list[Job]:
+    """Jobs as launchers take them."""
+    return [_job(command, job, sweep) for job in swept]
+
+
+def write_manifest(folder: Path, jobs: Sequence[Job], **fields: object) -> None:
+    """Writes sweep.json: `fields` are what holds for all jobs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "name": job.name,
+            "run": str(job.paths.root),
+            "launch": str(job.folder),
+            "overrides": list(job.overrides),
+        }
+        for job in jobs
+    ]
+    write_json(folder / _MANIFEST, {**fields, "jobs": rows})
+
+
+def read_manifest(folder: Path) -> dict[str, object] | None:
+    """What `write_manifest` wrote; None where the folder holds no sweep."""
+    return read_json(folder / _MANIFEST)
+
+
+def _job(command: str, swept: SweptJob, sweep: str) -> Job:
+    from dataclasses import replace
+
+    place = as_path(swept.config.run.output_dir).absolute()
+    run = replace(swept.config.run, output_dir=str(place))
+    config = replace(swept.config, run=run)
+    assert run.name is not None
+    return Job(
+        name=run.name,
+        command=command,
+        config=config,
+        overrides=tuple(swept.overrides),
+        paths=RunPaths(place / run.name),
+        folder=job_folder(config, run.name),
+        sweep=sweep,
+    )
