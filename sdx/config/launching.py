@@ -228,6 +228,12 @@ class TpuSettings(LauncherSettings):
         "as gcloud's, for IAP.",
         identity=False,
     )
+    mounts: list[str] = option(
+        [],
+        "Folders that every worker and this machine have as the same mount; run.output_dir may lie "
+        "below one.",
+        identity=False,
+    )
     remote_dir: str = option(
         "sdx", "Folder on the workers, below the home folder unless absolute.", identity=False
     )
