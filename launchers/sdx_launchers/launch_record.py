@@ -81,6 +81,11 @@ def write_launch(job: Job, launcher: str, id: str, **fields: Any) -> None:
     write_json(job.folder / _LAUNCH, {"launcher": launcher, "id": id, "submitted": now(), **fields})
 
 
+def remove_launch(job: Job) -> None:
+    """Notes that the job was not handed over after all."""
+    (job.folder / _LAUNCH).unlink(missing_ok=True)
+
+
 def read_launch(folder: Path) -> dict[str, Any] | None:
     """What `write_launch` wrote; None where the job was never handed over."""
     return read_json(folder / _LAUNCH)

@@ -8,6 +8,7 @@ crashes is in its script (slurm_script.py, slurm_after.py), so it goes on withou
 
 import hashlib
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -24,13 +25,21 @@ from sdx.record.status import Status, read_status
 from sdx.record.stop_request import read_stop, request_stop
 from sdx_launchers import slurm_queue
 from sdx_launchers.jobs import Ended, Job, LaunchError
-from sdx_launchers.launch_record import SNAPSHOTS, SWEEPS, record_root, write_launch
+from sdx_launchers.launch_record import (
+    SNAPSHOTS,
+    SWEEPS,
+    read_outcome,
+    record_root,
+    remove_launch,
+    write_launch,
+    write_outcome,
+)
 from sdx_launchers.slurm_queue import JobState, Queue, SchedulerError
 from sdx_launchers.slurm_request import Request, job_problems, request_of, settings_problems
 from sdx_launchers.slurm_script import (
-    CANCELLED,
     COUNTS,
     ENDED,
+    STOPPED,
     Submission,
     discard,
     render,
@@ -50,7 +59,7 @@ _BY_STATE = {
 }
 """SLURM's final states; the others are failures."""
 _BY_CODE = {0: Status.finished, 75: Status.interrupted}
-_SILENT_FOR_S = 60.0  # before a job that nobody knows is given up: files of a cluster come late
+_COMES_WITHIN_S = 60.0  # a job just handed in, and its files, on a busy cluster
 
 
 class SlurmLauncher:
@@ -90,35 +99,43 @@ class SlurmLauncher:
     def start(self, jobs: Sequence[Job], max_parallel: int | None) -> Sequence["SlurmHandle"]:
         if not jobs:
             return []
+        if shutil.which("sbatch") is None:
+            raise LaunchError(
+                f"hydra/launcher={NAME}: there is no sbatch on this machine; type the command on a "
+                "login node of the cluster, or hydra.sweeper.dry_run=true to see its scripts."
+            )
         snapshot = take_snapshot(record_root(jobs[0].config) / SNAPSHOTS)
         submissions = self._submissions(jobs, max_parallel, snapshot.python_path)
         handles: dict[str, SlurmHandle] = {}
-        released: list[str] = []
         try:
             for submission in submissions:
                 handles |= self._hand_in(submission)
-            for handle in handles.values():
-                released.append(handle.id)
-                handle.release()
+            for submission in submissions:
+                self._release([handles[job.name] for job in submission.jobs])
         except BaseException as error:
-            _take_back(submissions, jobs)
-            if isinstance(error, SchedulerError):
-                raise LaunchError(f"hydra/launcher={NAME}: {error}; nothing is queued.") from error
+            left = _take_back(submissions)
+            if isinstance(error, SchedulerError | LaunchError):
+                raise LaunchError(f"hydra/launcher={NAME}: {error}; {left}.") from error
             raise
+        self._queue.refresh()
         return [handles[job.name] for job in jobs]
 
     def attach(self, job: Job, launch: Mapping[str, Any]) -> "SlurmHandle | None":
-        """A job that is queued, or that ended and nobody has been told of; None for one that was
-        never released, which is taken back."""
-        id = launch.get("id")
-        if not id:
+        """A job that waits or runs; one whose launcher died before it was written down is taken
+        back. How one ended that nobody was told of is written down."""
+        if not launch["id"]:
             with suppress(SchedulerError):
                 slurm_queue.cancel(*slurm_queue.named(launch["name"]))
             return None
-        handle = SlurmHandle(job, id, self._queue, self._settings, launch)
-        if not launch.get("released"):
-            handle.release()
-        return handle
+        handle = SlurmHandle(job, launch, self._queue, self._settings.signal_delay_s)
+        ended = handle.poll()
+        if ended is None:
+            if not launch["released"]:
+                self._release([handle])
+            return handle
+        if read_outcome(job.folder) is None:
+            write_outcome(job, ended)
+        return None
 
     def __enter__(self) -> "SlurmLauncher":
         return self
@@ -141,7 +158,7 @@ class SlurmLauncher:
                 "hardware for itself."
             )
         folder = record_root(jobs[0].config) / SWEEPS / jobs[0].sweep / _SUBMISSIONS
-        number = 1 + sum(1 for _ in folder.glob("*"))
+        number = 1 + max((int(old.name) for old in folder.glob("[1-9]*")), default=0)
         submissions = []
         for request, group in by_request.items():
             own = folder / str(number)
@@ -152,36 +169,46 @@ class SlurmLauncher:
 
     def _hand_in(self, submission: Submission) -> dict[str, "SlurmHandle"]:
         for job in submission.jobs:
-            for stale in (CANCELLED, COUNTS, ENDED):
+            for stale in (STOPPED, COUNTS, ENDED):
                 (job.folder / stale).unlink(missing_ok=True)
-            write_launch(job, NAME, "", name=submission.name, released=False)
-        ids = submit(submission, self._settings)
+            write_launch(job, NAME, "", name=submission.name)
         handles = {}
-        for job, id in zip(submission.jobs, ids, strict=True):
+        for job, id in zip(submission.jobs, submit(submission, self._settings), strict=True):
             logs = [str(path) for path in submission.logs(id)]
-            launch = {"name": submission.name, "logs": logs}
-            write_launch(job, NAME, id, **launch, released=False)
+            launch = {"id": id, "name": submission.name, "logs": logs, "released": False}
+            write_launch(job, NAME, **launch)
             print(f"sdx: SLURM job {id}: {job.name}, log {logs[0]}", flush=True)
-            handles[job.name] = SlurmHandle(job, id, self._queue, self._settings, launch)
+            handles[job.name] = SlurmHandle(
+                job, launch, self._queue, self._settings.signal_delay_s, is_new=True
+            )
         return handles
+
+    def _release(self, handles: Sequence["SlurmHandle"]) -> None:
+        """Lets jobs of one submission start; notes that nothing holds them any more."""
+        ids = [handle.id for handle in handles]
+        slurm_queue.release(ids[0] if len(ids) == 1 else ids[0].partition("_")[0])
+        for handle in handles:
+            write_launch(handle.job, NAME, **(handle.launch | {"released": True}))
 
 
 class SlurmHandle:
-    """A job that was handed in, by this process or one before it."""
+    """A job that was handed in; by this process (`is_new`), or one before it."""
 
     def __init__(
         self,
         job: Job,
-        id: str,
-        queue: Queue,
-        settings: SlurmSettings,
         launch: Mapping[str, Any],
+        queue: Queue,
+        grace_s: float,
+        *,
+        is_new: bool = False,
     ):
         self.job = job
-        self.id = id
+        self.id: str = launch["id"]
+        self.launch = {name: launch[name] for name in ("id", "name", "logs", "released")}
         self._queue = queue
-        self._launch = launch
-        self._grace_s = settings.signal_delay_s
+        self._grace_s = grace_s
+        self._is_new = is_new
         self._stopped_at: float | None = None
         self._unknown_since: float | None = None
         self._was_held = False
@@ -201,7 +228,7 @@ class SlurmHandle:
 
     def stop(self) -> None:
         """Keeps it from being requeued, and takes it out of the queue where it waits."""
-        (self.job.folder / CANCELLED).touch()
+        (self.job.folder / STOPPED).touch()
         state = self._queue.state(self.id)
         if self._stopped_at is not None or state is None or state.is_waiting:
             self._cancel()
@@ -211,12 +238,6 @@ class SlurmHandle:
             self._signal()
         elif read_stop(self.job.paths) is None:
             request_stop(self.job.paths, Status.interrupted, "stopped by its sweep")
-
-    def release(self) -> None:
-        """Lets it start; notes that nothing holds it any more."""
-        slurm_queue.release(self.id)
-        fields = {name: self._launch[name] for name in ("name", "logs")}
-        write_launch(self.job, NAME, self.id, **fields, released=True)
 
     def _cancel(self) -> None:
         self._stopped_at = None
@@ -241,7 +262,7 @@ class SlurmHandle:
             return Ended(status)
         noted = self._noted()
         if status is not Status.failed or noted is None:
-            return Ended(status, f"SLURM says {state.state}")
+            return Ended(status, f"SLURM says {state.state}, see {self.launch['logs'][0]}")
         return Ended(_BY_CODE.get(noted["code"], Status.failed), noted["reason"])
 
     def _told_by_files(self) -> Ended | None:
@@ -255,15 +276,11 @@ class SlurmHandle:
         status = read_status(self.job.paths) if self.job.command == "train" else None
         if status is not None and status.status is Status.running:
             return None
-        if now - self._unknown_since < _SILENT_FOR_S and not self._is_old():
+        if self._is_new and now - self._unknown_since < _COMES_WITHIN_S:
             return None
         if status is None:
             return Ended(Status.interrupted, f"SLURM knows no job {self.id} any more")
         return Ended(status.status, status.reason)
-
-    def _is_old(self) -> bool:
-        """Whether another process handed it in: nothing about it is on its way any more."""
-        return "submitted" in self._launch
 
     def _noted(self) -> dict[str, Any] | None:
         """What the job's script wrote at its end, of this very job."""
@@ -285,14 +302,19 @@ def _partition_problems(settings: SlurmSettings) -> list[Problem]:
     return [Problem(path, name, "this cluster has no such partition", fix) for name in missing]
 
 
-def _take_back(submissions: Sequence[Submission], jobs: Sequence[Job]) -> None:
-    """Nothing of these is queued any more, as far as the scheduler can be told."""
+def _take_back(submissions: Sequence[Submission]) -> str:
+    """Takes these out of the queue; what is left there, in words."""
+    names = [submission.name for submission in submissions]
+    try:
+        for name in names:
+            slurm_queue.cancel(*slurm_queue.named(name))
+    except SchedulerError:
+        return f"what is queued as {', '.join(names)} is held and never starts"
     for submission in submissions:
-        with suppress(SchedulerError):
-            slurm_queue.cancel(*slurm_queue.named(submission.name))
         discard(submission)
-    for job in jobs:
-        (job.folder / "launch.json").unlink(missing_ok=True)
+        for job in submission.jobs:
+            remove_launch(job)
+    return "nothing is queued"
 
 
 def _job_name(sweep: str, folder: Path) -> str:

@@ -24,12 +24,13 @@ from sdx.record.store import as_path
 from sdx_launchers import slurm_queue
 from sdx_launchers.launch_record import read_job, read_launch
 from sdx_launchers.slurm_queue import SchedulerError
-from sdx_launchers.slurm_script import CANCELLED, COUNTS, ENDED, SRUN_FAILED
+from sdx_launchers.slurm_script import COUNTS, ENDED, SRUN_FAILED, STOPPED
 
 _SIGNALLED = 128
 _STOPPED = {75, *(_SIGNALLED + s for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2))}
 _GONE_WITHIN_S = 300.0  # a requeued job's script is ended by SLURM
-_SRUN = re.compile(r"srun: error: (\S+: tasks? .+)")
+_OF_TASKS = re.compile(r"srun: error: (\S+: tasks? .+)")
+_OF_SRUN = re.compile(r"srun: error: (.+)")
 _TAIL_BYTES = 1 << 16
 
 
@@ -98,18 +99,18 @@ def _said(code: int, folder: Path) -> str:
         number = code - _SIGNALLED
         known = {int(s) for s in signal.Signals}
         what = f"ended by {signal.Signals(number).name if number in known else f'signal {number}'}"
-    named = _named_by_srun(folder)
+    named = _last_in_log(folder, _OF_SRUN if code == SRUN_FAILED else _OF_TASKS)
     return f"{what} ({named})" if named else what
 
 
-def _named_by_srun(folder: Path) -> str:
+def _last_in_log(folder: Path, pattern: re.Pattern[str]) -> str:
     logs = (read_launch(folder) or {}).get("logs")
     try:
         if not logs:
             return ""
         with open(logs[0], "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
-            found = _SRUN.findall(file.read().decode(errors="replace"))
+            found = pattern.findall(file.read().decode(errors="replace"))
     except OSError:
         return ""
     return found[-1].strip() if found else ""
@@ -117,8 +118,8 @@ def _named_by_srun(folder: Path) -> str:
 
 def _asked_to_end(folder: Path) -> str | None:
     """The words of whoever asked; a time limit and a preemption come as signals instead."""
-    if (folder / CANCELLED).exists():
-        return "cancelled"
+    if (folder / STOPPED).exists():
+        return "stopped by its sweep"
     job = read_job(folder)
     if job is None or job["command"] != "train":
         return None

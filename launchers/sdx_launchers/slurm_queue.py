@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 _TIMEOUT_S = 120.0
@@ -44,7 +44,7 @@ class JobState:
 
 
 class Queue:
-    """States of the jobs that were asked for, at most `fresh_s` old."""
+    """States of jobs, at most `fresh_s` old; all that are asked for come with one command."""
 
     def __init__(self, fresh_s: float):
         self._fresh_s = fresh_s
@@ -59,15 +59,20 @@ class Queue:
         return self._is_silent
 
     def state(self, id: str) -> JobState | None:
-        """None for a job that the scheduler does not know; the last one known while it is
-        silent."""
+        """None for a job that SLURM does not know, or that it has not told of while silent."""
         is_new = id not in self._asked
         self._asked.add(id)
         now = time.monotonic()
-        if is_new or self._looked_at is None or now - self._looked_at >= self._fresh_s:
+        if self._looked_at is None or now - self._looked_at >= self._fresh_s:
             self._look()
             self._looked_at = time.monotonic()
+        elif is_new and id not in self._states and not self._is_silent:
+            self._states |= _ended({id})
         return self._states.get(id)
+
+    def refresh(self) -> None:
+        """What was seen is no longer so: jobs were handed in or taken back."""
+        self._looked_at = None
 
     def forget(self, id: str) -> None:
         """The job has ended, nobody asks for it again."""
@@ -77,18 +82,20 @@ class Queue:
         try:
             found = queued()
         except SchedulerError as error:
-            self._say(f"sdx: SLURM does not answer ({error}); its jobs go on, and so do we.", True)
+            self._say(f"sdx: SLURM does not answer ({error}); it is asked again.", is_silent=True)
             return
-        missing = self._asked - found.keys()
-        if missing:
-            found |= {id: state for id, state in accounted(missing).items() if not state.goes_on}
-        self._states = found
-        self._say("sdx: SLURM answers again.", False)
+        self._states = found | _ended(self._asked - found.keys())
+        self._say("sdx: SLURM answers again.", is_silent=False)
 
-    def _say(self, text: str, is_silent: bool) -> None:
+    def _say(self, text: str, *, is_silent: bool) -> None:
         if is_silent is not self._is_silent:
             print(text, file=sys.stderr, flush=True)
         self._is_silent = is_silent
+
+
+def _ended(ids: Collection[str]) -> dict[str, JobState]:
+    """Jobs that have left the queue, by the accounting; one that says they go on is behind."""
+    return {id: state for id, state in accounted(ids).items() if not state.goes_on}
 
 
 def queued() -> dict[str, JobState]:
@@ -101,8 +108,10 @@ def queued() -> dict[str, JobState]:
     return {id: JobState(state, reason) for id, state, reason in rows}
 
 
-def accounted(ids: Iterable[str]) -> dict[str, JobState]:
+def accounted(ids: Collection[str]) -> dict[str, JobState]:
     """What the accounting knows of these jobs; nothing where there is none."""
+    if not ids:
+        return {}
     try:
         text = call(
             "sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State",

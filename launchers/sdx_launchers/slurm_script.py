@@ -20,8 +20,8 @@ from sdx_launchers.jobs import Job, LaunchError
 from sdx_launchers.launch_record import job_command
 from sdx_launchers.slurm_request import Request
 
-ENDED, CANCELLED, COUNTS = "ended.json", "cancelled", "requeues.json"
-"""Files in a job's folder: how it ended, that it must not be requeued, how often it was."""
+ENDED, STOPPED, COUNTS = "ended.json", "stopped", "requeues.json"
+"""Files in a job's folder: how it ended, that it must not go on, how often it went on."""
 SRUN_FAILED = 121
 """Exit code of a srun that could not start the processes, or lost their node."""
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
@@ -74,17 +74,17 @@ def submit(submission: Submission, settings: SlurmSettings) -> list[str]:
     """
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    submission.folder.mkdir(mode=0o700, parents=True)
     executor = _executor(submission, settings)
     commands = submission.commands(settings)
     try:
+        submission.folder.mkdir(mode=0o700, parents=True)
         with _outside_of_jobs():
             if len(commands) == 1:
                 handed_in = [executor.submit(os.execvp, commands[0][0], commands[0])]
             else:
                 handed_in = executor.map_array(os.execvp, [argv[0] for argv in commands], commands)
     except (FailedJobError, FailedSubmissionError, OSError) as error:
-        raise LaunchError(f"hydra/launcher=sdx_slurm: {_words(error)}") from error
+        raise LaunchError(_words(error)) from error
     return [str(job.job_id) for job in handed_in]
 
 
@@ -152,7 +152,7 @@ def _before(submission: Submission, settings: SlurmSettings) -> list[str]:
         f"sdx_folders=({folders})",
         'sdx_folder="${sdx_folders[${SLURM_ARRAY_TASK_ID:-0}]}"',
         f'rm -f "$sdx_folder/{ENDED}"',
-        f'[ ! -e "$sdx_folder/{CANCELLED}" ] || exit 75',
+        f'[ ! -e "$sdx_folder/{STOPPED}" ] || exit 75',
         f'if [ "${{SLURM_RESTART_COUNT:-0}}" -gt {limit} ]; then',
         f'  echo "sdx: restarted $SLURM_RESTART_COUNT times, {limit} are allowed; not again."',
         "  exit 1",
