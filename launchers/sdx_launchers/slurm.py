@@ -175,11 +175,11 @@ class SlurmLauncher:
         handles = {}
         for job, id in zip(submission.jobs, submit(submission, self._settings), strict=True):
             logs = [str(path) for path in submission.logs(id)]
-            launch = {"id": id, "name": submission.name, "logs": logs, "released": False}
-            write_launch(job, NAME, **launch)
+            launch = {"name": submission.name, "logs": logs, "released": False}
+            write_launch(job, NAME, id, **launch)
             print(f"sdx: SLURM job {id}: {job.name}, log {logs[0]}", flush=True)
             handles[job.name] = SlurmHandle(
-                job, launch, self._queue, self._settings.signal_delay_s, is_new=True
+                job, launch | {"id": id}, self._queue, self._settings.signal_delay_s, is_new=True
             )
         return handles
 
@@ -188,7 +188,8 @@ class SlurmLauncher:
         ids = [handle.id for handle in handles]
         slurm_queue.release(ids[0] if len(ids) == 1 else ids[0].partition("_")[0])
         for handle in handles:
-            write_launch(handle.job, NAME, **(handle.launch | {"released": True}))
+            name, logs = handle.launch["name"], handle.launch["logs"]
+            write_launch(handle.job, NAME, handle.id, name=name, logs=logs, released=True)
 
 
 class SlurmHandle:
@@ -205,7 +206,7 @@ class SlurmHandle:
     ):
         self.job = job
         self.id: str = launch["id"]
-        self.launch = {name: launch[name] for name in ("id", "name", "logs", "released")}
+        self.launch = launch
         self._queue = queue
         self._grace_s = grace_s
         self._is_new = is_new
