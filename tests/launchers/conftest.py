@@ -6,11 +6,12 @@ import pytest
 
 from tests.conftest import require
 from tests.launchers.slurm_cluster import Cluster, Settings, missing, running
+from tests.launchers.source_tree import SourceTree, copy_source
 
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Cluster]:
-    """A real SLURM of three nodes, with accounting."""
+    """A real SLURM of four nodes, with accounting."""
     yield from _cluster(Settings())
 
 
@@ -25,3 +26,9 @@ def _cluster(settings: Settings) -> Iterator[Cluster]:
     require(lacking is None, lacking or "")
     with running(settings) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def source_tree(tmp_path_factory: pytest.TempPathFactory) -> SourceTree:
+    """A copy of the repository, with the faults that variables ask for."""
+    return copy_source(tmp_path_factory.mktemp("source"))

@@ -44,8 +44,8 @@ _NULL_DEVICE = os.makedev(1, 3)
 class Settings:
     """What a cluster is made of."""
 
-    nodes: int = 3
-    cpus: int = 8
+    nodes: int = 4
+    cpus: int = 4
     gpus: int = 4
     accounting: bool = True
     remembers_s: int = 600
