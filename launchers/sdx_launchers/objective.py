@@ -1,6 +1,7 @@
 """What runs are judged by: a column of their metrics.jsonl, and which end of it is good."""
 
 import math
+from argparse import ArgumentTypeError
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -50,3 +51,11 @@ def parse_objective(text: str) -> Objective | Problem:
         allowed = "must be METRIC, METRIC:min or METRIC:max"
         return Problem("hydra.sweeper.objective", text, allowed, fix)
     return Objective(metric, end == "max")
+
+
+def objective_argument(text: str) -> Objective:
+    """What `--objective` says."""
+    parsed = parse_objective(text)
+    if isinstance(parsed, Problem):
+        raise ArgumentTypeError(f"{text}: {parsed.rule}, {parsed.fix}")
+    return parsed

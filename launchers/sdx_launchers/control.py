@@ -1,0 +1,249 @@
+"""Jobs that were started before: how they go, what they say, and ending them.
+
+Whoever looks asks the schedulers whose jobs outlive the process that started them; everything else
+is on record. Nothing is started here, and nothing ended that is not a job of what was named.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+from rich.console import Console
+from rich.live import Live
+
+from sdx.config.launching import LocalSettings, SlurmSettings, TpuSettings
+from sdx.config.schema import Config
+from sdx.record.status import Status
+from sdx.record.stop_request import read_stop, request_stop
+from sdx.record.store import AnyPath
+from sdx_launchers.found import Found, NothingFound, find
+from sdx_launchers.job_logs import FollowedLogs, last_lines, logs_of
+from sdx_launchers.jobs import Handle, Job, Launcher
+from sdx_launchers.launch_record import read_job, read_outcome, write_outcome
+from sdx_launchers.objective import Objective
+from sdx_launchers.places import make_launcher
+from sdx_launchers.run_facts import RunFacts
+from sdx_launchers.runs_table import RunsTable, print_table, render, shown, tabulate
+from sdx_launchers.summary import write_table
+from sdx_launchers.sweep_process import ask_to_cancel, is_running
+
+LOOK_EVERY_S = 2.0
+_SETTINGS = {
+    "sdx_local": LocalSettings,
+    "sdx_slurm": SlurmSettings,
+    "sdx_tpu": TpuSettings,
+}
+"""What launchers are asked with about jobs that are there: nothing of it is used for that."""
+_LINES = 20
+_BY_PERSON = "sdx.runs --cancel"
+
+Say = Callable[[str], None]
+
+
+class Watch:
+    """Runs looked at again and again; what has ended is read once."""
+
+    def __init__(self, place: AnyPath, objective: Objective | None = None):
+        self.found = find(place)
+        self._place = place
+        self._objective = objective
+        self._runs: Sequence[RunFacts] = ()
+        self._launchers: dict[str, Launcher] = {}
+        self._handles: dict[tuple[str, str], Handle | None] = {}
+
+    def look(self) -> RunsTable:
+        """The runs as they are; a job that its scheduler still knows is queued at least."""
+        self.found = find(self._place)
+        table = tabulate(self.found, self._objective, self._runs)
+        for run in table.runs:
+            handle = self.handle(run)
+            if handle is not None and run.status != Status.running.name:
+                run.status, run.reason = Status.queued.name, None
+        self._runs = table.runs
+        return table
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether something runs or waits, as of the last look."""
+        if any(run.goes_on for run in self._runs):
+            return True
+        return self.sweep_folder is not None and is_running(self.sweep_folder)
+
+    @property
+    def sweep_folder(self) -> Path | None:
+        """Of the sweep that is watched, if it is one."""
+        place = self.found.place
+        return place if self.found.sweep is not None and isinstance(place, Path) else None
+
+    def handle(self, run: RunFacts) -> Handle | None:
+        """The job of a run, where its scheduler goes on with it by itself."""
+        launcher, folder = self._launcher(run), run.found.launch
+        if launcher is None or folder is None or not launcher.outlives_driver:
+            return None
+        if read_outcome(folder) is not None or run.launch.get("released") is False:
+            return None  # ended, or just being handed in by a sweep
+        key = (run.name, str(run.launch.get("id")))
+        if key not in self._handles:
+            self._handles[key] = launcher.attach(_job(run), run.launch)
+        handle = self._handles[key]
+        ended = None if handle is None else handle.poll()
+        if handle is not None and ended is not None:
+            self._handles[key] = None
+            write_outcome(handle.job, ended)
+        return self._handles[key]
+
+    def attach(self, run: RunFacts) -> Handle | None:
+        """The same for jobs that end with their sweep."""
+        launcher = self._launcher(run)
+        if launcher is None or run.found.launch is None or read_outcome(run.found.launch):
+            return None
+        return self.handle(run) or launcher.attach(_job(run), run.launch)
+
+    def _launcher(self, run: RunFacts) -> Launcher | None:
+        name = str(run.launch.get("launcher"))
+        if name in _SETTINGS and name not in self._launchers:
+            self._launchers[name] = make_launcher(name, _SETTINGS[name]())
+        return self._launchers.get(name)
+
+
+def show(watch: Watch, *, follows: bool) -> bool:
+    """Prints the table, and brings a sweep's summary up to date; `follows` until all has ended.
+
+    Whether a followed run failed.
+    """
+    console = Console(highlight=False)
+    table = _follow(watch, console) if follows else watch.look()
+    if not (follows and console.is_terminal):
+        print_table(table, console)
+    folder = watch.sweep_folder
+    if folder is not None:
+        try:
+            write_table(folder, table)
+            print(f"{folder}: summary.csv, summary.json, summary.md, curves.png")
+        except OSError as error:
+            print(f"sdx: {folder}: no summary written ({error.strerror})", file=sys.stderr)
+    return follows and any(run.status == Status.failed.name for run in table.runs)
+
+
+def _follow(watch: Watch, console: Console) -> RunsTable:
+    """Until all runs have ended; without a terminal a line for each change."""
+    table = watch.look()
+    if not console.is_terminal:
+        return _follow_in_lines(watch, table)
+    with Live(render(table, console), console=console, auto_refresh=False) as live:
+        while watch.goes_on:
+            time.sleep(LOOK_EVERY_S)
+            table = watch.look()
+            live.update(render(table, console), refresh=True)
+    return table
+
+
+def _follow_in_lines(watch: Watch, table: RunsTable) -> RunsTable:
+    said: dict[str, str] = {}
+    while True:
+        for run in table.runs:
+            if said.get(run.name) != run.status:
+                said[run.name] = run.status
+                last = shown(table.last_of(run))
+                value = f", {table.objective.metric} {last}" if last else ""
+                print(f"{run.name}: {run.status}, step {run.step}{value}", flush=True)
+        if not watch.goes_on:
+            return table
+        time.sleep(LOOK_EVERY_S)
+        table = watch.look()
+
+
+def show_logs(watch: Watch, say: Say, *, follows: bool) -> None:
+    """The last lines of each job's log, and where its logs are; `follows` what is added to them
+    until all jobs have ended."""
+    runs = watch.look().runs
+    if not follows:
+        for run in runs:
+            logs = logs_of(run)
+            say(f"==> {run.name} ({run.status}): {', '.join(map(str, logs)) or 'no log yet'} <==")
+            for line in last_lines(logs[0], _LINES) if logs else ():
+                say(line)
+        return
+    logs = FollowedLogs(say)
+    while True:
+        goes_on = watch.goes_on
+        logs.look(runs, _LINES)
+        if not goes_on:
+            return
+        time.sleep(LOOK_EVERY_S)
+        runs = watch.look().runs
+
+
+def cancel(watch: Watch, say: Say) -> None:
+    """Asks every job that runs or waits to save and end as cancelled, and the sweep to start no
+    others. Asked a second time, jobs are ended as they are.
+
+    Raises:
+        NothingFound: neither a run nor a sweep.
+    """
+    runs = watch.look().runs
+    if watch.sweep_folder is None and watch.found.place != runs[0].found.paths.root:
+        raise NothingFound(
+            f"{watch.found.place}: holds {len(runs)} runs of any origin; --cancel takes the folder "
+            "of a run, or of a sweep (outputs/sweeps/NAME)."
+        )
+    if watch.sweep_folder is not None and is_running(watch.sweep_folder):
+        ask_to_cancel(watch.sweep_folder)
+        say(f"{watch.found.sweep}: its process starts no more jobs")
+    for run in runs:
+        say(f"{run.name}: {_cancel(watch, run)}")
+
+
+def sweep_up(say: Say) -> bool:
+    """Deletes TPUs of this user that no launcher vouches for; whether some could not be."""
+    from sdx_launchers.tpu_strays import sweep_up as search
+
+    found = search(TpuSettings())
+    say(str(found))
+    return bool(found.faults)
+
+
+def _cancel(watch: Watch, run: RunFacts) -> str:
+    if not run.goes_on:
+        return f"{run.status}, nothing to cancel"
+    if (owner := _other_sweep(watch.found, run)) is not None:
+        return f"left alone, {owner}"
+    paths, is_run = run.found.paths, run.status == Status.running.name
+    asked = read_stop(paths) if is_run else None
+    is_again = asked is not None and asked.status is Status.cancelled
+    if is_run and not is_again:
+        request_stop(paths, Status.cancelled, _BY_PERSON)
+    handle = watch.attach(run)
+    if handle is None and not is_run:
+        return "waits in the process of its sweep; cancel the sweep"
+    if handle is not None and (is_again or not is_run or watch.handle(run) is handle):
+        handle.stop()
+        if is_again:
+            handle.stop()
+    return "ended" if is_again and handle is not None else "asked to save and end"
+
+
+def _other_sweep(found: Found, run: RunFacts) -> str | None:
+    """Whose job it is, if not of the sweep that was named."""
+    job = None if run.found.launch is None else read_job(run.found.launch)
+    if found.sweep is None or (job is not None and job["sweep"] == found.sweep):
+        return None
+    return "no sweep started it" if job is None else f"it is a job of the sweep {job['sweep']}"
+
+
+def _job(run: RunFacts) -> Job:
+    """What launchers must know of a job to find it: its configuration, a fifth of a second to read,
+    is none of that."""
+    folder = run.found.launch
+    assert folder is not None
+    return Job(
+        name=run.name,
+        command=run.found.command,
+        config=cast(Config, None),
+        overrides=run.overrides,
+        paths=run.found.paths,
+        folder=folder,
+        sweep=str((read_job(folder) or {}).get("sweep")),
+    )

@@ -1,0 +1,77 @@
+"""python -m sdx.runs [FOLDER]: what runs and sweeps did; following, comparing and ending them."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from sdx.record.redact import said_by
+from sdx.record.store import StoreError, parse_path
+
+DONE, FAILED, REFUSED = 0, 1, 2
+FOLDER = "outputs, a sweep in it (outputs/sweeps/NAME), a run, or an address of either (outputs)"
+ACTS = (
+    ("--logs", "the end of each job's log; --follow what is added to it"),
+    ("--cancel", "end a run, or all jobs of a sweep; they save what they have"),
+    ("--sweep-up", "delete TPUs of yours that no launcher uses"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0; 1 where a followed run failed or a store did; 2 for what is no run or sweep."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return FAILED if _act(arguments) else DONE
+    except KeyboardInterrupt:
+        return _fail("no longer shown; what runs goes on", DONE)
+    except StoreError as error:
+        return _fail(said_by(error), FAILED if error.may_pass else REFUSED)
+    except ValueError as error:
+        return _fail(str(error), REFUSED)
+
+
+def _act(arguments: argparse.Namespace) -> bool:
+    """Does the one thing asked for; whether something of it failed."""
+    from sdx_launchers import comparison, control  # after --help
+
+    say = partial(print, flush=True)
+    if arguments.compare:
+        say(comparison.render(comparison.compare(*arguments.compare)))
+        return False
+    if arguments.sweep_up:
+        return control.sweep_up(say)
+    watch = control.Watch(arguments.folder.absolute(), arguments.objective)
+    if arguments.logs:
+        control.show_logs(watch, say, follows=arguments.follow)
+        return False
+    if arguments.cancel:
+        control.cancel(watch, say)
+        return False
+    return control.show(watch, follows=arguments.follow)
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"sdx: {text}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    from sdx_launchers.objective import objective_argument
+
+    parser = argparse.ArgumentParser(prog="python -m sdx.runs", description=__doc__)
+    parser.add_argument(
+        "folder", nargs="?", type=parse_path, default="outputs", metavar="FOLDER", help=FOLDER
+    )
+    parser.add_argument("--follow", action="store_true", help="show it until all has ended")
+    judged = "what runs are judged by (the sweep's own, else validation_loss:min)"
+    parser.add_argument("--objective", type=objective_argument, metavar="METRIC", help=judged)
+    acts = parser.add_mutually_exclusive_group()
+    for name, help in ACTS:
+        acts.add_argument(name, action="store_true", help=help)
+    pair = {"nargs": 2, "type": parse_path, "metavar": ("A", "B")}
+    acts.add_argument("--compare", **pair, help="two runs side by side: keys, code, metrics")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
