@@ -228,14 +228,15 @@ class SlurmHandle:
         return self._ended(state)
 
     def stop(self) -> None:
-        """Keeps it from being requeued, and takes it out of the queue where it waits."""
+        """Keeps it from going on, and takes it out of the queue where it has not begun."""
         (self.job.folder / STOPPED).touch()
         state = self._queue.state(self.id)
-        if self._stopped_at is not None or state is None or state.is_waiting:
+        has_begun = state is not None and not state.is_waiting
+        if self._stopped_at is not None or not has_begun:
             self._cancel()
             return
         self._stopped_at = time.monotonic()
-        if self.job.command != "train":
+        if self.job.command != "train" or read_status(self.job.paths) is None:
             self._signal()
         elif read_stop(self.job.paths) is None:
             request_stop(self.job.paths, Status.interrupted, "stopped by its sweep")

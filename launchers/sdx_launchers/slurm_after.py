@@ -5,7 +5,8 @@ limit, preemption) or that crashed goes back into the queue, each up to its limi
 was asked to end or is being ended by the scheduler does not. Which it was is in `ended.json` beside
 the job's other files, for those who look where there is no accounting.
 
-srun gives the highest exit code of its processes, 128 + N for signal N (srun(1)).
+srun's exit code is the highest of its processes, 128 + N for signal N (srun(1)), and it ends the
+others when one ends badly: which was the first, its messages tell.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from sdx.record.files import now, read_json, write_json
@@ -24,17 +26,26 @@ from sdx.record.store import as_path
 from sdx_launchers import slurm_queue
 from sdx_launchers.launch_record import read_job, read_launch
 from sdx_launchers.slurm_queue import SchedulerError
-from sdx_launchers.slurm_script import COUNTS, ENDED, SRUN_FAILED, STOPPED
+from sdx_launchers.slurm_script import BEGINS, COUNTS, ENDED, SRUN_FAILED, STOPPED
 
 _SIGNALLED = 128
 _STOPPED = {75, *(_SIGNALLED + s for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2))}
 _GONE_WITHIN_S = 300.0  # a requeued job's script is ended by SLURM
-_OF_TASKS = re.compile(r"srun: error: (\S+: tasks? .+)")
+_OF_TASK = re.compile(r"srun: error: (\S+: tasks? [\d,-]+: (.+))")
 _OF_SRUN = re.compile(r"srun: error: (.+)")
-_TAIL_BYTES = 1 << 16
+_EXITED = re.compile(r"Exited with exit code (\d+)")
+_TAIL_BYTES = 1 << 18
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@dataclass(frozen=True)
+class Cause:
+    """Why the processes ended: an exit code as a shell gives it, and in words."""
+
+    code: int
+    said: str
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("code", type=int)
@@ -42,13 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--retries", type=int, required=True)
     given = parser.parse_args(arguments)
     limits = {"requeues": given.max_requeues, "retries": given.retries}
-    reason = why_not(given.folder, given.code, limits)
-    if reason is None:
-        reason = _requeue()
+    cause = cause_of(given.code, _log(given.folder))
+    reason = why_not(given.folder, cause, limits) or _requeue()
     id = job_id(os.environ)
-    write_json(given.folder / ENDED, {"id": id, "code": given.code, "reason": reason, "at": now()})
-    if given.code:
-        print(f"sdx: job {id} ended with exit code {given.code}: {reason}", flush=True)
+    write_json(given.folder / ENDED, {"id": id, "code": cause.code, "reason": reason, "at": now()})
+    if cause.code:
+        print(f"sdx: job {id} ended with exit code {cause.code}: {reason}", flush=True)
+    return cause.code
 
 
 def job_id(environment: Mapping[str, str]) -> str:
@@ -66,54 +77,76 @@ def kind_of(code: int) -> str | None:
     return "retries" if code == SRUN_FAILED or code > _SIGNALLED else None
 
 
-def why_not(folder: Path, code: int, limits: Mapping[str, int]) -> str | None:
+def cause_of(code: int, log: str) -> Cause:
+    """What srun's exit code stands for, with the process that was first to end badly."""
+    if code == 0:
+        return Cause(0, "finished")
+    if code == SRUN_FAILED:
+        found = _OF_SRUN.findall(log)
+        return Cause(code, _with("srun could not start the processes, or lost some", found[:1]))
+    found = _OF_TASK.findall(log)
+    if not found:
+        return Cause(code, _words(code))
+    named, how = found[0]
+    exited = _EXITED.match(how)
+    code = int(exited[1]) if exited else _SIGNALLED + _number(how)
+    return Cause(code, _with(_words(code), [named]))
+
+
+def why_not(folder: Path, cause: Cause, limits: Mapping[str, int]) -> str | None:
     """Why the job does not go on, as a line for people; None, and one more counted, if it does."""
-    kind, said = kind_of(code), _said(code, folder)
+    kind = kind_of(cause.code)
     if kind is None:
-        return said
+        return cause.said
     if (asked := _asked_to_end(folder)) is not None:
         return asked
     if _state() not in (None, "RUNNING"):
-        return f"{said}; the scheduler is ending it"
+        return f"{cause.said}; the scheduler is ending it"
     counts = read_json(folder / COUNTS) or {}
     counts = {name: int(counts.get(name, 0)) for name in limits}
     if counts[kind] >= limits[kind]:
         key = {"requeues": "max_requeues", "retries": "retries"}[kind]
-        return f"{said}; it went on {counts[kind]} times before (hydra.launcher.{key})"
+        return f"{cause.said}; it went on {counts[kind]} times before (hydra.launcher.{key})"
     counts[kind] += 1
     write_json(folder / COUNTS, counts)
-    print(f"sdx: {said}; requeued, {counts[kind]} of at most {limits[kind]} {kind}", flush=True)
+    said = f"{cause.said}; requeued, {counts[kind]} of at most {limits[kind]} {kind}"
+    print(f"sdx: {said}", flush=True)
     return None
 
 
-def _said(code: int, folder: Path) -> str:
-    """What became of the processes, with the last one that srun names."""
-    if code == 0:
-        return "finished"
+def _words(code: int) -> str:
     if code == 75:
         return "interrupted"
-    what = f"exit code {code}"
-    if code == SRUN_FAILED:
-        what = "srun could not start the processes, or lost a node"
-    elif code > _SIGNALLED:
-        number = code - _SIGNALLED
-        known = {int(s) for s in signal.Signals}
-        what = f"ended by {signal.Signals(number).name if number in known else f'signal {number}'}"
-    named = _last_in_log(folder, _OF_SRUN if code == SRUN_FAILED else _OF_TASKS)
-    return f"{what} ({named})" if named else what
+    if code <= _SIGNALLED:
+        return f"exit code {code}"
+    number = code - _SIGNALLED
+    names = {int(known): known.name for known in signal.Signals}
+    return f"ended by {names.get(number, f'signal {number}')}"
 
 
-def _last_in_log(folder: Path, pattern: re.Pattern[str]) -> str:
+def _with(what: str, names: Sequence[str]) -> str:
+    return f"{what} ({names[0].strip()})" if names else what
+
+
+def _number(how: str) -> int:
+    """The signal that srun describes so; SIGKILL for what it says of memory."""
+    for number in signal.Signals:
+        if how.startswith(signal.strsignal(number) or "\n"):
+            return int(number)
+    return int(signal.SIGKILL)
+
+
+def _log(folder: Path) -> str:
+    """What srun and the processes beside it said since this start."""
     logs = (read_launch(folder) or {}).get("logs")
+    if not logs:
+        return ""
     try:
-        if not logs:
-            return ""
         with open(logs[0], "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
-            found = pattern.findall(file.read().decode(errors="replace"))
+            return file.read().decode(errors="replace").rpartition(f"\n{BEGINS}")[2]
     except OSError:
         return ""
-    return found[-1].strip() if found else ""
 
 
 def _asked_to_end(folder: Path) -> str | None:

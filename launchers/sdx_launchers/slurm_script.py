@@ -22,6 +22,8 @@ from sdx_launchers.slurm_request import Request
 
 ENDED, STOPPED, COUNTS = "ended.json", "stopped", "requeues.json"
 """Files in a job's folder: how it ended, that it must not go on, how often it went on."""
+BEGINS = "sdx: start "
+"""How a start begins in the log that all starts of a job share."""
 SRUN_FAILED = 121
 """Exit code of a srun that could not start the processes, or lost their node."""
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
@@ -158,7 +160,9 @@ def _before(submission: Submission, settings: SlurmSettings) -> list[str]:
         "  exit 1",
         "fi",
         f"export SLURM_EXIT_ERROR={SRUN_FAILED}",
-        "trap : TERM USR2",
+        "trap : TERM USR2",  # what comes to all processes of a job ends srun's alone
+        f'echo; echo "{BEGINS}${{SLURM_RESTART_COUNT:-0}} of job $SLURM_JOB_ID '
+        'on $SLURM_JOB_NODELIST"',
     ]
 
 
@@ -177,6 +181,8 @@ def _after(submission: Submission, settings: SlurmSettings) -> list[str]:
     return [
         "sdx_code=$?",
         f'{shlex.join(command)} "$sdx_folder" "$sdx_code" {shlex.join(limits)}',
+        "sdx_cause=$?",
+        '[ "$sdx_code" -eq 0 ] || [ "$sdx_cause" -eq 0 ] || sdx_code=$sdx_cause',
         'exit "$sdx_code"',
     ]
 

@@ -1,0 +1,45 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --array=0-2%2
+#SBATCH --constraint='a100|h100'
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=8
+#SBATCH --hold
+#SBATCH --job-name=sdx-a-sweep-01234567
+#SBATCH --mail-type=END
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output=/cluster/home/ann/outputs/sweeps/a-sweep/slurm/1/%A_%a_0_log.out
+#SBATCH --qos=long
+#SBATCH --requeue
+#SBATCH --reservation='week 47'
+#SBATCH --signal=USR2@60
+#SBATCH --time=90
+
+# setup
+set +eu
+sdx_folders=(/cluster/home/ann/outputs/launches/a /cluster/home/ann/outputs/launches/b /cluster/home/ann/outputs/launches/c)
+sdx_folder="${sdx_folders[${SLURM_ARRAY_TASK_ID:-0}]}"
+rm -f "$sdx_folder/ended.json"
+[ ! -e "$sdx_folder/stopped" ] || exit 75
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 3 ]; then
+  echo "sdx: restarted $SLURM_RESTART_COUNT times, 3 are allowed; not again."
+  exit 1
+fi
+export SLURM_EXIT_ERROR=121
+trap : TERM USR2
+echo; echo "sdx: start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST"
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /cluster/home/ann/outputs/sweeps/a-sweep/slurm/1/%A_%a_%t_log.out --kill-on-bad-exit=1 /opt/python/bin/python3.11 -P -u -m submitit.core._submit /cluster/home/ann/outputs/sweeps/a-sweep/slurm/1
+
+
+# teardown
+sdx_code=$?
+/usr/bin/env PYTHONPATH=/cluster/home/ann/outputs/snapshots/0123456789abcdef:/cluster/home/ann/outputs/snapshots/0123456789abcdef/launchers /opt/python/bin/python3.11 -P -m sdx_launchers.slurm_after "$sdx_folder" "$sdx_code" --max-requeues=3 --retries=0
+sdx_cause=$?
+[ "$sdx_code" -eq 0 ] || [ "$sdx_cause" -eq 0 ] || sdx_code=$sdx_cause
+exit "$sdx_code"
