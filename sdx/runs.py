@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from sdx.config.folders import reach_launchers
 from sdx.record.redact import said_by
 from sdx.record.store import StoreError, parse_path
 
@@ -19,6 +20,7 @@ ACTS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 where a followed run failed or a store did; 2 for what is no run or sweep."""
+    reach_launchers()
     arguments = _parser().parse_args(argv)
     try:
         return FAILED if _act(arguments) else DONE

@@ -7,35 +7,33 @@ is on record. Nothing is started here, and nothing ended that is not a job of wh
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from rich.console import Console
 from rich.live import Live
 
-from sdx.config.launching import LocalSettings, SlurmSettings, TpuSettings
+from sdx.config.compose import from_saved
+from sdx.config.launching import LAUNCHERS, TpuSettings
 from sdx.config.schema import Config
+from sdx.record.redact import said_by
 from sdx.record.status import Status
 from sdx.record.stop_request import read_stop, request_stop
 from sdx.record.store import AnyPath
 from sdx_launchers.found import Found, NothingFound, find
 from sdx_launchers.job_logs import FollowedLogs, last_lines, logs_of
-from sdx_launchers.jobs import Handle, Job, Launcher
-from sdx_launchers.launch_record import read_job, read_outcome, write_outcome
+from sdx_launchers.jobs import Ended, Handle, Job, Launcher
+from sdx_launchers.launch_record import CONFIG, SWEEPS, read_job, read_outcome, write_outcome
 from sdx_launchers.objective import Objective
 from sdx_launchers.places import make_launcher
 from sdx_launchers.run_facts import RunFacts
 from sdx_launchers.runs_table import RunsTable, print_table, render, shown, tabulate
+from sdx_launchers.standing import settle
 from sdx_launchers.summary import write_table
 from sdx_launchers.sweep_process import ask_to_cancel, is_running
 
 LOOK_EVERY_S = 2.0
-_SETTINGS = {
-    "sdx_local": LocalSettings,
-    "sdx_slurm": SlurmSettings,
-    "sdx_tpu": TpuSettings,
-}
-"""What launchers are asked with about jobs that are there: nothing of it is used for that."""
 _LINES = 20
 _BY_PERSON = "sdx.runs --cancel"
 
@@ -91,7 +89,7 @@ class Watch:
         ended = None if handle is None else handle.poll()
         if handle is not None and ended is not None:
             self._handles[key] = None
-            write_outcome(handle.job, ended)
+            _note(handle.job, ended)
         return self._handles[key]
 
     def attach(self, run: RunFacts) -> Handle | None:
@@ -103,8 +101,8 @@ class Watch:
 
     def _launcher(self, run: RunFacts) -> Launcher | None:
         name = str(run.launch.get("launcher"))
-        if name in _SETTINGS and name not in self._launchers:
-            self._launchers[name] = make_launcher(name, _SETTINGS[name]())
+        if name in LAUNCHERS and name not in self._launchers:  # what it is asked needs no settings
+            self._launchers[name] = make_launcher(name, LAUNCHERS[name]())
         return self._launchers.get(name)
 
 
@@ -178,22 +176,36 @@ def show_logs(watch: Watch, say: Say, *, follows: bool) -> None:
 
 def cancel(watch: Watch, say: Say) -> None:
     """Asks every job that runs or waits to save and end as cancelled, and the sweep to start no
-    others. Asked a second time, jobs are ended as they are.
+    others; in an outputs folder that is the one sweep that goes on. Asked a second time, jobs are
+    ended as they are.
 
     Raises:
-        NothingFound: neither a run nor a sweep.
+        NothingFound: several sweeps go on.
     """
     runs = watch.look().runs
     if watch.sweep_folder is None and watch.found.place != runs[0].found.paths.root:
-        raise NothingFound(
-            f"{watch.found.place}: holds {len(runs)} runs of any origin; --cancel takes the folder "
-            "of a run, or of a sweep (outputs/sweeps/NAME)."
-        )
+        sweeps = _going_on(watch.found.place, runs)
+        if len(sweeps) != 1:
+            raise NothingFound(
+                f"{watch.found.place}: {len(sweeps)} sweeps go on there; --cancel takes the folder "
+                f"of a run or of a sweep: {', '.join(map(str, sweeps)) or 'outputs/sweeps/NAME'}."
+            )
+        return cancel(Watch(sweeps[0]), say)
     if watch.sweep_folder is not None and is_running(watch.sweep_folder):
         ask_to_cancel(watch.sweep_folder)
         say(f"{watch.found.sweep}: its process starts no more jobs")
     for run in runs:
         say(f"{run.name}: {_cancel(watch, run)}")
+
+
+def _going_on(place: AnyPath, runs: Sequence[RunFacts]) -> list[Path]:
+    """The sweeps of an outputs folder that run, or have jobs that do."""
+    if not isinstance(place, Path):
+        return []
+    jobs = [read_job(run.found.launch) for run in runs if run.goes_on and run.found.launch]
+    names = {str(job["sweep"]) for job in jobs if job is not None}
+    folders = sorted(path for path in (place / SWEEPS).glob("*") if path.is_dir())
+    return [path for path in folders if path.name in names or is_running(path)]
 
 
 def sweep_up(say: Say) -> bool:
@@ -231,6 +243,15 @@ def _other_sweep(found: Found, run: RunFacts) -> str | None:
     if found.sweep is None or (job is not None and job["sweep"] == found.sweep):
         return None
     return "no sweep started it" if job is None else f"it is a job of the sweep {job['sweep']}"
+
+
+def _note(job: Job, ended: Ended) -> None:
+    """Writes down how a job ended while nobody looked, as its sweep would have."""
+    try:
+        whole = replace(job, config=from_saved(job.folder / CONFIG))
+        write_outcome(job, settle(whole, ended, None))
+    except (OSError, ValueError) as error:
+        print(f"sdx: {job.name}: its end is not on record ({said_by(error)})", file=sys.stderr)
 
 
 def _job(run: RunFacts) -> Job:
