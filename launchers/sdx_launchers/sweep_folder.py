@@ -1,10 +1,14 @@
-"""The record of a sweep: `<record root>/sweeps/<sweep>/`, a manifest of its jobs and what is made of
-them at the end."""
+"""The record of a sweep: `<record root>/sweeps/<sweep>/`, a manifest of its jobs, and what is
+made of them."""
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from sdx.config.errors import Problem
 from sdx.config.schema import Config
 from sdx.config.sweeping import SweptJob
 from sdx.record.files import read_json, write_json
@@ -14,6 +18,14 @@ from sdx_launchers.jobs import Job
 from sdx_launchers.launch_record import SWEEPS, job_folder, record_root
 
 _MANIFEST = "sweep.json"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,99}")
+
+
+def name_problems(given: str | None) -> Iterator[Problem]:
+    """A sweep's name is a folder, and a word in scripts and labels."""
+    if given is not None and _NAME.fullmatch(given) is None:
+        rule = "must be one word of letters, digits and _ . = + -, at most 100, not - or . first"
+        yield Problem("hydra.sweeper.name", given, rule)
 
 
 def sweep_name(command: str, jobs: Sequence[SweptJob], given: str | None) -> str:
@@ -39,16 +51,14 @@ def make_jobs(command: str, swept: Sequence[SweptJob], sweep: str) -> list[Job]:
 def write_manifest(folder: Path, jobs: Sequence[Job], **fields: object) -> None:
     """Writes sweep.json: `fields` are what holds for all jobs."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {
-            "name": job.name,
-            "run": str(job.paths.root),
-            "launch": str(job.folder),
-            "overrides": list(job.overrides),
-        }
-        for job in jobs
-    ]
-    write_json(folder / _MANIFEST, {**fields, "jobs": rows})
+    write_json(folder / _MANIFEST, {**fields, "jobs": [_row(job) for job in jobs]})
+
+
+def add_to_manifest(folder: Path, job: Job, **fields: object) -> None:
+    """Writes sweep.json with `job` after those that are there."""
+    rows: Any = (read_manifest(folder) or {}).get("jobs", [])
+    others = [row for row in rows if row["name"] != job.name]
+    write_json(folder / _MANIFEST, {**fields, "jobs": [*others, _row(job)]})
 
 
 def read_manifest(folder: Path) -> dict[str, object] | None:
@@ -56,9 +66,16 @@ def read_manifest(folder: Path) -> dict[str, object] | None:
     return read_json(folder / _MANIFEST)
 
 
-def _job(command: str, swept: SweptJob, sweep: str) -> Job:
-    from dataclasses import replace
+def _row(job: Job) -> dict[str, object]:
+    return {
+        "name": job.name,
+        "run": str(job.paths.root),
+        "launch": str(job.folder),
+        "overrides": list(job.overrides),
+    }
 
+
+def _job(command: str, swept: SweptJob, sweep: str) -> Job:
     place = as_path(swept.config.run.output_dir).absolute()
     run = replace(swept.config.run, output_dir=str(place))
     config = replace(swept.config, run=run)

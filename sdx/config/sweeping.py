@@ -80,7 +80,7 @@ def read_request(
     faults = [*judge_choices(choices), *judge(keys, choices)]
     problems += faults
     settings = None if faults else sweeper_settings(hydra, keys, choices)
-    own = [text for text in overrides if not _HYDRA.match(text)]
+    own = [text for text in overrides if not is_of_hydra(text)]
 
     def composed(batches: Sequence[Sequence[str]]) -> list[SweptJob]:
         return compose_jobs(batches, arguments.config_dir, adjust)
@@ -119,6 +119,11 @@ def _single(
 def _is_swept(text: str) -> bool:
     override = parse(text)
     return isinstance(override, Override) and override.is_sweep_override()
+
+
+def is_of_hydra(text: str) -> bool:
+    """Whether an override is of Hydra's own configuration."""
+    return _HYDRA.match(text) is not None
 
 
 def compose_jobs(

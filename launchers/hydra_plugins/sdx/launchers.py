@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -36,7 +36,11 @@ class SdxLauncher(Launcher):
         hydra = self._config.hydra
         name = hydra.runtime.choices["hydra/launcher"]
         settings = OmegaConf.to_object(hydra.launcher)
-        return launch(self._task.request, name, settings, job_overrides)  # type: ignore[attr-defined]
+        values = launch(self._task.request, name, settings, job_overrides)  # type: ignore[attr-defined]
+        return [
+            JobReturn(overrides=list(overrides), _return_value=value, status=JobStatus.COMPLETED)
+            for overrides, value in zip(job_overrides, values, strict=True)
+        ]
 
 
 @dataclass
