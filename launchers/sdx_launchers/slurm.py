@@ -28,11 +28,9 @@ from sdx_launchers.jobs import Ended, Job, LaunchError
 from sdx_launchers.launch_record import (
     SNAPSHOTS,
     SWEEPS,
-    read_outcome,
     record_root,
     remove_launch,
     write_launch,
-    write_outcome,
 )
 from sdx_launchers.slurm_queue import JobState, Queue, SchedulerError
 from sdx_launchers.slurm_request import Request, job_problems, request_of, settings_problems
@@ -121,21 +119,17 @@ class SlurmLauncher:
         return [handles[job.name] for job in jobs]
 
     def attach(self, job: Job, launch: Mapping[str, Any]) -> "SlurmHandle | None":
-        """A job that waits or runs; one whose launcher died before it was written down is taken
-        back. How one ended that nobody was told of is written down."""
+        """A job that was released, however it goes; one whose launcher died before it was written
+        down is taken back."""
         if not launch["id"]:
             with suppress(SchedulerError):
                 slurm_queue.cancel(*slurm_queue.named(launch["name"]))
             return None
         handle = SlurmHandle(job, launch, self._queue, self._settings.signal_delay_s)
-        ended = handle.poll()
-        if ended is None:
-            if not launch["released"]:
+        if not launch["released"] and handle.poll() is None:
+            with suppress(SchedulerError):  # the next one who looks does it
                 self._release([handle])
-            return handle
-        if read_outcome(job.folder) is None:
-            write_outcome(job, ended)
-        return None
+        return handle
 
     def __enter__(self) -> "SlurmLauncher":
         return self
@@ -211,12 +205,13 @@ class SlurmHandle:
         self._grace_s = grace_s
         self._is_new = is_new
         self._stopped_at: float | None = None
+        self._is_ended = False
         self._unknown_since: float | None = None
         self._was_held = False
 
     def poll(self) -> Ended | None:
         state = self._queue.state(self.id)
-        if self._stopped_at is not None and time.monotonic() - self._stopped_at > self._grace_s:
+        if self._has_had_its_grace():
             self._cancel()
         if state is None and not self._queue.is_silent:
             return self._told_by_files()
@@ -234,21 +229,25 @@ class SlurmHandle:
         has_begun = state is not None and not state.is_waiting
         if self._stopped_at is not None or not has_begun:
             self._cancel()
-            return
-        self._stopped_at = time.monotonic()
-        if self.job.command != "train" or read_status(self.job.paths) is None:
+        elif self.job.command != "train" or read_status(self.job.paths) is None:
             self._signal()
         elif read_stop(self.job.paths) is None:
             request_stop(self.job.paths, Status.interrupted, "stopped by its sweep")
+        self._stopped_at = self._stopped_at or time.monotonic()
 
     def _cancel(self) -> None:
-        self._stopped_at = None
+        self._is_ended = True
         with suppress(SchedulerError):  # it ended meanwhile
             slurm_queue.cancel(self.id)
 
     def _signal(self) -> None:
         with suppress(SchedulerError):
             slurm_queue.cancel("--signal=TERM", self.id)
+
+    def _has_had_its_grace(self) -> bool:
+        if self._stopped_at is None or self._is_ended:
+            return False
+        return time.monotonic() - self._stopped_at > self._grace_s
 
     def _say_held(self, state: JobState | None) -> None:
         is_held = state is not None and state.is_held
@@ -262,6 +261,8 @@ class SlurmHandle:
         status = _BY_STATE.get(state.state, Status.failed)
         if status is Status.finished:
             return Ended(status)
+        if status is Status.cancelled and self._stopped_at is not None:
+            return Ended(Status.interrupted, "stopped by its sweep")
         noted = self._noted()
         if status is not Status.failed or noted is None:
             return Ended(status, f"SLURM says {state.state}, see {self.launch['logs'][0]}")

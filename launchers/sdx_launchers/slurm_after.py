@@ -151,13 +151,12 @@ def _log(folder: Path) -> str:
 
 def _asked_to_end(folder: Path) -> str | None:
     """The words of whoever asked; a time limit and a preemption come as signals instead."""
-    if (folder / STOPPED).exists():
-        return "stopped by its sweep"
     job = read_job(folder)
-    if job is None or job["command"] != "train":
-        return None
-    request = read_stop(RunPaths(as_path(job["run"])))
-    return None if request is None else request.reason or request.status.name
+    if job is not None and job["command"] == "train":
+        request = read_stop(RunPaths(as_path(job["run"])))
+        if request is not None:
+            return request.reason or request.status.name
+    return "stopped by its sweep" if (folder / STOPPED).exists() else None
 
 
 def _state() -> str | None:
