@@ -15,6 +15,7 @@ from sdx.record.launched import PATIENCE_S
 from sdx_launchers.ssh import Host, last_lines
 
 EXIT_INTERRUPTED = 75
+_CONNECTION_FAILED = (1, 255)  # of gcloud, of ssh
 _LOOK_EVERY_S = 0.2
 _SIGN_OF_LIFE_EVERY_S = 5.0
 _LEAVE_ALONE_S = 5.0  # processes of a run notice one another's failure, and say so in its record
@@ -43,9 +44,12 @@ class RemoteProcess:
     token: str
     log: Path
     said_by_ssh: Path
+    log_begin: int
+    """Where in its log this start begins."""
     code: int | None = None
     """Of the job's process there; None while it runs and where it was lost."""
     has_ended: bool = False
+    was_started: bool = False
 
     def look(self) -> bool:
         """Whether it ended since the last look."""
@@ -57,7 +61,10 @@ class RemoteProcess:
                 self.client.stdin.close()
         for line in self.said_by_ssh.read_text(errors="replace").splitlines():
             if line.startswith(self.token):
-                self.code = int(line.split()[1])
+                self.code, self.was_started = int(line.split()[1]), True
+        code = self.client.returncode
+        if not self.was_started and code > 0 and code not in _CONNECTION_FAILED:
+            self.code = code  # of the worker's shell, which found no such Python
         return True
 
     def tell(self, word: str) -> None:
@@ -73,7 +80,7 @@ class RemoteProcess:
             return f"{self.host}: the connection was lost ({said[:_MOST_CHARACTERS]})"
         if self.code < 0:
             return f"{self.host}: ended by {_signal_name(-self.code)}"
-        said = last_lines(self.log, 1)[:_MOST_CHARACTERS]
+        said = last_lines(self.log if self.was_started else self.said_by_ssh, 1)[:_MOST_CHARACTERS]
         return f"{self.host}: exit code {self.code}{said and ': '}{said}"
 
 
@@ -87,7 +94,7 @@ class RemoteProcesses:
         self._is_stopped = False
         self._steps: list[tuple[float, str]] = []
         """What is still to be said to those that run, and when; in order."""
-        self._echo = _Echo(processes[0].log) if speaks else None
+        self._echo = _Echo(processes[0]) if speaks else None
         self._deciding = threading.Lock()
         self._watcher = threading.Thread(target=self._watch, name="sdx-workers", daemon=True)
         self._watcher.start()
@@ -172,9 +179,10 @@ class RemoteProcesses:
 class _Echo:
     """What one worker says, on the terminal as well."""
 
-    def __init__(self, log: Path):
-        self._log: IO[bytes] = open(log, "rb")  # noqa: SIM115  # closed when the job has ended
-        self._log.seek(0, 2)
+    def __init__(self, process: RemoteProcess):
+        # closed when the job has ended
+        self._log: IO[bytes] = open(process.log, "rb")  # noqa: SIM115
+        self._log.seek(process.log_begin)
 
     def show(self) -> None:
         text = self._log.read().decode(errors="replace")

@@ -23,20 +23,30 @@ from pathlib import Path
 from typing import IO, Any
 
 _WRITE_FOR_S = 1.0
+_LAST_WORDS_S = 30.0  # something of the job may live in a session of its own and hold its output
+_CANNOT_START = 126  # as a shell says it
 
 
 def main() -> None:
-    orders: queue.Queue[str] = queue.Queue()
     order = json.loads(sys.stdin.buffer.readline())
+    try:
+        code = _run(order)
+    except OSError as error:  # a full disk, no such program
+        print(f"sdx: the job cannot start on this worker: {error}", flush=True)
+        code = _CANNOT_START
+    sys.stderr.write(f"\n{order['token']} {code}\n")
+    sys.stderr.flush()
+    os._exit(code if code >= 0 else 128 - code)  # a thread may hold standard input
+
+
+def _run(order: dict[str, Any]) -> int:
+    orders: queue.Queue[str] = queue.Queue()
     job = _Job(order)
     for work in (_read, job.wait):
         threading.Thread(target=work, args=(orders,), daemon=True).start()
     _follow(job, orders, order["lease_s"], order["grace_s"])
     job.end()
-    code = job.process.returncode
-    sys.stderr.write(f"\n{order['token']} {code}\n")
-    sys.stderr.flush()
-    os._exit(code if code >= 0 else 128 - code)  # a thread may hold standard input
+    return job.process.returncode
 
 
 def _follow(job: "_Job", orders: "queue.Queue[str]", lease_s: float, grace_s: float) -> None:
@@ -56,7 +66,7 @@ def _follow(job: "_Job", orders: "queue.Queue[str]", lease_s: float, grace_s: fl
             job.ask()
         elif word == "gone" and ends_at is None:
             ends_at = time.monotonic() + grace_s
-            job.is_heard = False
+            job.is_awaited = False
             job.ask()
 
 
@@ -70,7 +80,7 @@ class _Job:
     """The process, in a session of its own, and the thread that passes its output on."""
 
     def __init__(self, order: dict[str, Any]):
-        self.is_heard = True
+        self.is_heard = self.is_awaited = True
         folder = Path(order["folder"])
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name, text in order["files"].items():
@@ -109,14 +119,15 @@ class _Job:
     def end(self) -> None:
         """Nothing of the job is left, and all that it said was passed on."""
         self.signal_all(signal.SIGKILL)
-        self._pump.join()
+        self._pump.join(_LAST_WORDS_S)
 
     def _pass_on(self, output: IO[bytes]) -> None:
         while data := os.read(output.fileno(), 1 << 16):
             while data and self.is_heard:
-                select.select([], [1], [], _WRITE_FOR_S)
+                can_write = select.select([], [1], [], _WRITE_FOR_S)[1]
                 try:
-                    data = data[os.write(1, data) :]
+                    data = data[os.write(1, data) :] if can_write else data
+                    self.is_heard = bool(can_write) or self.is_awaited
                 except BlockingIOError:
                     continue
                 except OSError:  # nobody listens any more; the job must go on until it has saved

@@ -27,6 +27,7 @@ from sdx_launchers.ssh import CONNECTION_FAILED, Host, last_lines, ssh_argv, sta
 
 _ANSWERS_WITHIN_S = 600.0  # a worker that exists: its sshd starts, the user's key arrives
 _TRY_EVERY_S = 5.0
+_CHANGED_KEY = "Host key verification failed"
 _MOST_LINES = 20  # shown of an install that failed
 _LOADER = "import sys;exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))"
 # Run by the shell of a worker: where it keeps things, and which of them are there.
@@ -149,9 +150,10 @@ class Workers:
         command = shlex.join([worker.python, "-I", "-c", _LOADER])
         source = resources.files("sdx_launchers").joinpath("supervise.py").read_bytes()
         with open(log, "ab") as output, open(said_by_ssh, "wb") as errors:
+            begin = output.tell()
             client = self._client(worker.host, command, output.fileno(), errors.fileno())
         assert client.stdin is not None
-        process = RemoteProcess(worker.host, client, str(order["token"]), log, said_by_ssh)
+        process = RemoteProcess(worker.host, client, str(order["token"]), log, said_by_ssh, begin)
         try:
             client.stdin.write(b"%d\n" % len(source) + source)
             client.stdin.write(json.dumps(order).encode() + b"\n")
@@ -215,10 +217,9 @@ class Workers:
             said = log.read_bytes()[begin:].decode(errors="replace")
             if code == 0 and "sdx-root " in said:
                 return said.splitlines()
-            if self._is_closed or time.monotonic() > deadline:
+            if _CHANGED_KEY in said or self._is_closed or time.monotonic() > deadline:
                 raise ConnectionLost(
-                    f"{host}: no answer within {_ANSWERS_WITHIN_S:.0f} s (ssh ended with {code}):\n"
-                    f"{last_lines(log, 3)}\n"
+                    f"{host}: does not let us in (ssh ended with {code}):\n{last_lines(log, 3)}\n"
                     "fix: try ssh by hand; see hydra.launcher.{ssh_user,ssh_key,ssh_command}"
                     " and docs/tpu.md."
                 )

@@ -148,10 +148,9 @@ def ssh_overrides(workers: Sequence[SshdWorker]) -> list[str]:
 
 def ssh_settings(workers: Sequence[SshdWorker], **more: object) -> TpuSettings:
     """The same as settings; keywords are more of them."""
-    keys = (text.removeprefix("hydra.launcher.").split("=") for text in ssh_overrides(workers))
-    given = dict(keys)
-    port = int(given.pop("ssh_port"))
-    return TpuSettings(ssh_port=port, **given, **more)  # type: ignore[arg-type]
+    keys = [text.removeprefix("hydra.launcher.").split("=") for text in ssh_overrides(workers)]
+    given: dict[str, object] = dict(keys) | {"ssh_port": workers[0].port} | more
+    return TpuSettings(**given)  # type: ignore[arg-type]
 
 
 def _make_key(path: Path) -> None:
