@@ -3,11 +3,13 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.launchers.slurm_cluster import Cluster
 from tests.launchers.source_tree import SourceTree
@@ -117,6 +119,30 @@ class Shell:
         until(lambda: self.id(run) not in self.cluster.queue(), lambda: self.log(run))
 
 
+@dataclass(frozen=True)
+class Typed:
+    """A command that goes on, and the shell it was typed in."""
+
+    shell: Shell
+    processes: Processes
+
+    def ended(self) -> tuple[int, str]:
+        """Exit code and output, at its end."""
+        ended = self.processes.end(_DEADLINE_S)
+        return ended.codes[0], ended.outputs[0]
+
+    def run_of(self, override: str) -> str:
+        """The run that `override` was typed for, once its job was handed in."""
+        until(lambda: override in self._handed_in(), lambda: self.processes.output(0))
+        return self.shell.run_of(override)
+
+    def _handed_in(self) -> list[str]:
+        """Overrides of all jobs that have ids."""
+        ids = {name: launch["id"] for name, launch in self.shell.launches().items()}
+        files = [self.shell.outputs / "launches" / name / "job.json" for name in ids if ids[name]]
+        return [text for path in files for text in json.loads(path.read_text())["overrides"]]
+
+
 def until(is_so: Callable[[], object], said: Callable[[], str] = str) -> None:
     """Returns once `is_so`; AssertionError with what `said` tells where it never comes to that."""
     deadline = time.monotonic() + _DEADLINE_S
@@ -147,3 +173,12 @@ def _squeue_id(variables: dict[str, str]) -> str | None:
     if "SLURM_ARRAY_JOB_ID" in variables:
         return f"{variables['SLURM_ARRAY_JOB_ID']}_{variables['SLURM_ARRAY_TASK_ID']}"
     return variables.get("SLURM_JOB_ID")
+
+
+def begin_all(request: pytest.FixtureRequest, commands: Sequence[str]) -> None:
+    """Sets up those of the fixtures `commands` that chosen tests of the module need, in order."""
+    of_module = [item for item in request.session.items if item.path == request.path]
+    needed = {name for item in of_module for name in getattr(item, "fixturenames", ())}
+    for name in commands:
+        if name in needed:
+            request.getfixturevalue(name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-_COPIED = ("sdx", "conf", "launchers", "pyproject.toml", "constraints", "README.md")
+_COPIED = ("sdx", "conf", "launchers", "pyproject.toml")
 _PLANTED = "\nfrom sdx.training import faults  # noqa: E402,F401\n"
 
 

@@ -6,181 +6,212 @@ All runs here have the same maths on two nodes with a process each; they differ 
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
 from tests.launchers.slurm_cluster import Cluster
-from tests.launchers.slurm_runs import SLURM, STEPS, TWO_NODES, Shell, tasks_of, until
+from tests.launchers.slurm_runs import (
+    SLURM,
+    STEPS,
+    TWO_NODES,
+    Shell,
+    Typed,
+    begin_all,
+    tasks_of,
+    until,
+)  # fmt: skip
 from tests.launchers.source_tree import SourceTree
-from tests.processes import Processes
+
+
+def named(tag: str) -> tuple[str, str]:
+    """A run with that tag, in a folder of its own."""
+    return f"run.name={tag}", f"run.tags=[{tag}]"
+
 
 JOB = (*SLURM, *TWO_NODES)
 ARRAY = (*JOB, "run.tags=[plain],[told],[killed]")
-LIMITED = (*JOB, "run.tags=[limited]", "hydra.launcher.timeout_min=1",
-           "hydra.launcher.signal_delay_s=15")  # fmt: skip
-LOST = (*JOB, "run.tags=[lost]", "hydra.launcher.exclusive=true")
-FAULTY = (*JOB, "run.tags=[faulty]")
-STOPPED = (*SLURM, "run.tags=[stopped]", "hydra.launcher.max_requeues=0")
+LIMITED = (
+    *JOB, *named("limited"), "hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=30",
+)  # fmt: skip
+LOST = (*JOB, *named("lost"), "hydra.launcher.exclusive=true")
+FAULTY = (*JOB, *named("faulty"))
+STOPPED = (*SLURM, *named("stopped"), "hydra.launcher.max_requeues=0")
 
 
-class Begun:
-    """All commands of this file, typed at once: SLURM runs what there is room for."""
-
-    def __init__(self, shell: Shell, commands: ExitStack):
-        def typed(arguments: tuple[str, ...], **variables: str) -> Processes:
-            return commands.enter_context(shell.typed("train", *arguments, **variables))
-
-        self.shell = shell
-        # Far longer than its time limit, the first time.
-        self.limited = typed(LIMITED, SDX_TEST_SLOW="7")
-        self.array = typed((*ARRAY, "hydra.launcher.detach=true"), SDX_TEST_SLOW="1.5")
-        self.lost = typed(LOST, SDX_TEST_SLOW="1.5")
-        self.faulty = typed(FAULTY, SDX_TEST_RAISE="1:5")
-        self.stopped = typed(STOPPED, SDX_TEST_SLOW="1.5")
-
-    def run(self, tag: str) -> str:
-        """The run with that tag, once its job was handed in."""
-        shell, override = self.shell, f"run.tags=[{tag}]"
-
-        def is_there() -> bool:
-            jobs = [path.read_text() for path in shell.outputs.glob("launches/*/job.json")]
-            return any(override in text for text in jobs) and bool(
-                shell.launches().get(shell.run_of(override), {}).get("id")
-            )
-
-        until(is_there)
-        return shell.run_of(override)
-
-    def assert_as_if_nothing_had_happened(self, run: str) -> None:
-        """To the last bit as the run that was left alone."""
-        plain = self.run("plain")
-        self.shell.wait_for_end(plain)
-        assert self.shell.status(plain) == "finished", self.shell.log(plain)
-        assert self.shell.status(run) == "finished", self.shell.log(run)
-        assert [row["step"] for row in self.shell.rows(run)] == [*range(1, STEPS + 1)]
-        assert self.shell.rows(run) == self.shell.rows(plain)
+def run_of(typed: Typed, tag: str) -> str:
+    return typed.run_of(f"run.tags=[{tag}]")
 
 
 @pytest.fixture(scope="module")
-def begun(
+def shell(
     slurm: Cluster, source_tree: SourceTree, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Begun]:
-    with ExitStack() as commands:
-        yield Begun(Shell(source_tree, slurm, tmp_path_factory.mktemp("shell")), commands)
+) -> Shell:
+    return Shell(source_tree, slurm, tmp_path_factory.mktemp("shell"))
+
+
+@pytest.fixture(scope="module")
+def limited(shell: Shell) -> Iterator[Typed]:
+    """Told to stop after 75 to 90 seconds (SLURM is early), and not half done by then."""
+    with shell.typed("train", *LIMITED, SDX_TEST_SLOW="13") as processes:
+        typed = Typed(shell, processes)
+        shell.wait_for_step(run_of(typed, "limited"), 1)  # the others need not compile
+        yield typed
+
+
+@pytest.fixture(scope="module")
+def array(shell: Shell) -> Iterator[Typed]:
+    detached = (*ARRAY, "hydra.launcher.detach=true")
+    with shell.typed("train", *detached, SDX_TEST_SLOW="1.5") as processes:
+        yield Typed(shell, processes)
+
+
+@pytest.fixture(scope="module")
+def lost(shell: Shell) -> Iterator[Typed]:
+    with shell.typed("train", *LOST, SDX_TEST_SLOW="1.5") as processes:
+        yield Typed(shell, processes)
+
+
+@pytest.fixture(scope="module")
+def faulty(shell: Shell) -> Iterator[Typed]:
+    with shell.typed("train", *FAULTY, SDX_TEST_RAISE="1:5") as processes:
+        yield Typed(shell, processes)
+
+
+@pytest.fixture(scope="module")
+def stopped(shell: Shell) -> Iterator[Typed]:
+    with shell.typed("train", *STOPPED, SDX_TEST_SLOW="1.5") as processes:
+        yield Typed(shell, processes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_typed(request: pytest.FixtureRequest) -> None:
+    """What the chosen tests need is typed before any of them waits: SLURM runs what has room."""
+    begin_all(request, ("limited", "array", "lost", "faulty", "stopped"))
+
+
+def assert_as_if_nothing_had_happened(shell: Shell, run: str) -> None:
+    """To the last bit as the run that was left alone."""
+    plain = shell.run_of("run.tags=[plain]")
+    shell.wait_for_end(plain)
+    assert shell.status(plain) == "finished", shell.log(plain)
+    assert shell.status(run) == "finished", shell.log(run)
+    assert [row["step"] for row in shell.rows(run)] == [*range(1, STEPS + 1)]
+    assert shell.rows(run) == shell.rows(plain)
 
 
 def outcomes(shell: Shell, run: str) -> list[str]:
     return [attempt["outcome"] for attempt in shell.attempts(run)]
 
 
-def test_a_detached_sweep_returns_with_the_ids_of_its_jobs(begun: Begun) -> None:
-    ended = begun.array.end(600)
-    assert ended.codes == [0], ended
+def test_a_detached_sweep_returns_with_the_ids_of_its_jobs(array: Typed) -> None:
+    code, output = array.ended()
+    assert code == 0, output
     for tag in ("plain", "told", "killed"):
-        run = begun.run(tag)
-        id = begun.shell.id(run)
-        assert f"SLURM job {id}: {run}" in ended.outputs[0]
+        run = run_of(array, tag)
+        id = array.shell.id(run)
+        assert f"SLURM job {id}: {run}" in output
         assert "_" in id, "an element of an array"
 
 
-def test_jobs_told_to_stop_in_mid_step_go_on_bit_equal(begun: Begun, slurm: Cluster) -> None:
-    told = begun.run("told")
-    begun.shell.wait_for_step(told, 5)
-    slurm.run("scancel", "--signal=USR2", begun.shell.id(told))
-    begun.shell.wait_for_end(told)
-    begun.assert_as_if_nothing_had_happened(told)
-    first, second = begun.shell.attempts(told)
+def test_jobs_told_to_stop_in_mid_step_go_on_bit_equal(array: Typed, slurm: Cluster) -> None:
+    told, shell = run_of(array, "told"), array.shell
+    shell.wait_for_step(told, 5)
+    slurm.run("scancel", "--signal=USR2", shell.id(told))
+    shell.wait_for_end(told)
+    assert_as_if_nothing_had_happened(shell, told)
+    first, second = shell.attempts(told)
     assert first["outcome"] == "interrupted" and 5 <= first["last_step"] < STEPS
     assert second["first_step"] == first["last_step"], "nothing is trained twice"
-    assert slurm.ledger(begun.shell.id(told))[-1] == ("COMPLETED", "0:0")
-    assert len(slurm.ledger(begun.shell.id(told))) == 2, "started twice"
+    assert slurm.ledger(shell.id(told))[-1] == ("COMPLETED", "0:0")
+    assert len(slurm.ledger(shell.id(told))) == 2, "started twice"
 
 
-def test_a_killed_process_takes_its_job_back_into_the_queue(begun: Begun, slurm: Cluster) -> None:
-    killed = begun.run("killed")
-    begun.shell.wait_for_step(killed, 5)
-    os.kill(tasks_of(begun.shell.id(killed))[1], signal.SIGKILL)
-    begun.shell.wait_for_end(killed)
-    begun.assert_as_if_nothing_had_happened(killed)
-    first, second = begun.shell.attempts(killed)
-    assert first["outcome"] != "finished" and second["first_step"] == 4, "its last checkpoint"
-    log = begun.shell.log(killed)
+def test_a_killed_process_takes_its_job_back_into_the_queue(array: Typed, slurm: Cluster) -> None:
+    killed, shell = run_of(array, "killed"), array.shell
+    shell.wait_for_step(killed, 5)
+    os.kill(tasks_of(shell.id(killed))[1], signal.SIGKILL)
+    shell.wait_for_end(killed)
+    assert_as_if_nothing_had_happened(shell, killed)
+    first, second = shell.attempts(killed)
+    assert first["outcome"] == "interrupted", "rank 0 was ended with it"
+    assert second["first_step"] in (4, 8), "its last checkpoint"
+    log = shell.log(killed)
     assert "task 1: Killed" in log and "requeued, 1 of at most 2 retries" in log
-    assert len(slurm.ledger(begun.shell.id(killed))) == 2
+    assert len(slurm.ledger(shell.id(killed))) == 2
 
 
 def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(
-    begun: Begun, slurm: Cluster
+    array: Typed, lost: Typed, slurm: Cluster
 ) -> None:
-    lost = begun.run("lost")
-    begun.shell.wait_for_step(lost, 5)
-    scontrol = slurm.run("scontrol", "show", "job", "--oneliner", begun.shell.id(lost))
-    nodes = next(word for word in scontrol.split() if word.startswith("NodeList=")).split("=")[1]
+    run, shell = run_of(lost, "lost"), lost.shell
+    id = shell.id(run)
+    shell.wait_for_step(run, 5)
+    words = slurm.run("scontrol", "show", "job", "--oneliner", id).split()
+    nodes = next(word.partition("=")[2] for word in words if word.startswith("NodeList="))
     second = slurm.run("scontrol", "show", "hostnames", nodes).split()[1]
     slurm.run("scontrol", "update", f"nodename={second}", "state=down", "reason=test")
-    until(lambda: slurm.ledger(begun.shell.id(lost))[0][0] == "NODE_FAIL")
+    until(lambda: slurm.ledger(id)[0][0] == "NODE_FAIL")
     slurm.run("scontrol", "update", f"nodename={second}", "state=resume")
-    ended = begun.lost.end(900)
-    assert ended.codes == [0], ended
-    begun.assert_as_if_nothing_had_happened(lost)
-    assert begun.shell.attempts(lost)[-1]["first_step"] == 4, "its last checkpoint"
-    assert slurm.ledger(begun.shell.id(lost))[-1] == ("COMPLETED", "0:0")
+    code, output = lost.ended()
+    assert code == 0, output
+    assert_as_if_nothing_had_happened(shell, run)
+    assert shell.attempts(run)[-1]["first_step"] in (4, 8), "its last checkpoint"
+    assert slurm.ledger(id)[-1] == ("COMPLETED", "0:0")
 
 
-def test_a_fault_of_one_rank_fails_the_job_and_is_named(begun: Begun, slurm: Cluster) -> None:
-    ended = begun.faulty.end(900)
-    assert ended.codes == [1], ended
-    faulty = begun.run("faulty")
-    [(state, code)] = slurm.ledger(begun.shell.id(faulty))  # not requeued
-    assert (state, code) == ("FAILED", "1:0")
-    assert begun.shell.status(faulty) == "failed"
-    rank = "process 1 of 2 on "
-    assert rank in begun.shell.log(faulty)
-    assert "ArithmeticError: a fault planted in rank 1" in begun.shell.log(faulty, 1)
-    [summary] = begun.shell.outputs.glob("sweeps/*/summary.md")
-    assert rank in summary.read_text() and "a fault planted in rank 1" in summary.read_text()
-    assert rank in ended.outputs[0]
+def test_a_fault_of_one_rank_fails_the_job_and_is_named(faulty: Typed, slurm: Cluster) -> None:
+    code, output = faulty.ended()
+    assert code == 1, output
+    run, shell = run_of(faulty, "faulty"), faulty.shell
+    assert slurm.ledger(shell.id(run)) == [("FAILED", "1:0")], "not requeued"
+    assert shell.status(run) == "failed"
+    rank, fault = "process 1 of 2 on ", "ArithmeticError: a fault planted in rank 1"
+    assert rank in shell.log(run) and fault in shell.log(run)
+    assert "Traceback" in shell.log(run, 1) and fault in shell.log(run, 1)
+    [summary] = [
+        path for path in shell.outputs.glob("sweeps/*/summary.md") if rank in path.read_text()
+    ]
+    assert fault in summary.read_text()
+    assert rank in output and fault in output
 
 
-def test_an_interrupted_job_is_never_done_and_the_same_command_goes_on(begun: Begun) -> None:
+def test_an_interrupted_job_is_never_done_and_the_same_command_goes_on(stopped: Typed) -> None:
     """It may not requeue itself, so it ends where it was told to stop."""
-    stopped, shell = begun.run("stopped"), begun.shell
-    shell.wait_for_step(stopped, 5)
-    shell.cluster.run("scancel", "--signal=USR2", shell.id(stopped))
-    ended = begun.stopped.end(900)
-    assert ended.codes == [75], ended
-    assert shell.status(stopped) == "interrupted"
-    assert "max_requeues" in ended.outputs[0]
-    before = shell.id(stopped)
+    run, shell = run_of(stopped, "stopped"), stopped.shell
+    shell.wait_for_step(run, 5)
+    before = shell.id(run)
+    shell.cluster.run("scancel", "--signal=USR2", before)
+    code, output = stopped.ended()
+    assert code == 75, output
+    assert shell.status(run) == "interrupted"
+    assert "max_requeues" in output
     code, output = shell.run("train", *STOPPED)
     assert code == 0, output
-    assert shell.status(stopped) == "finished" and shell.id(stopped) != before
-    assert outcomes(shell, stopped) == ["interrupted", "finished"]
+    assert shell.status(run) == "finished" and shell.id(run) != before
+    assert outcomes(shell, run) == ["interrupted", "finished"]
     code, output = shell.run("train", *STOPPED)
     assert code == 0 and "skipped" in output, output
-    assert outcomes(shell, stopped) == ["interrupted", "finished"]
+    assert outcomes(shell, run) == ["interrupted", "finished"]
 
 
 def test_a_run_longer_than_its_time_limit_goes_on_in_the_next_job(
-    begun: Begun, slurm: Cluster
+    limited: Typed, array: Typed, slurm: Cluster
 ) -> None:
-    limited = begun.run("limited")
-    id = begun.shell.id(limited)
-    until(lambda: len(slurm.ledger(id)) == 2, lambda: begun.shell.log(limited))
+    run, shell = run_of(limited, "limited"), limited.shell
+    id = shell.id(run)
+    until(lambda: len(slurm.ledger(id)) == 2, lambda: shell.log(run))
     slurm.run("scontrol", "update", f"jobid={id}", "timelimit=60")  # a slow machine needs it
-    ended = begun.limited.end(900)
-    assert ended.codes == [0], ended
-    begun.assert_as_if_nothing_had_happened(limited)
-    assert outcomes(begun.shell, limited) == ["interrupted", "finished"]
-    assert "requeued, 1 of at most 20 requeues" in begun.shell.log(limited)
+    code, output = limited.ended()
+    assert code == 0, output
+    assert_as_if_nothing_had_happened(shell, run)
+    assert outcomes(shell, run) == ["interrupted", "finished"]
+    assert "requeued, 1 of at most 20 requeues" in shell.log(run)
 
 
-def test_a_detached_sweep_is_collected_by_the_same_command(begun: Begun, tmp_path: Path) -> None:
-    shell = begun.shell
+def test_a_detached_sweep_is_collected_by_the_same_command(array: Typed) -> None:
+    shell = array.shell
     for tag in ("plain", "told", "killed"):
-        shell.wait_for_end(begun.run(tag))
+        shell.wait_for_end(run_of(array, tag))
     before = shell.launches()
     code, output = shell.run("train", *ARRAY)
     assert code == 0, output
