@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-_KILLED_AFTER_S = 240.0
+_KILLED_AFTER_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,9 @@ def started(
     """So many processes of `python ARGUMENTS` in `folder` (or one each), with the overrides
     `distributed.*` at the end unless not `explicit`; all are killed on leaving.
 
-    `arguments` are `["-m", "sdx.train", "model=tiny", ...]`. `{process}` in them is the number of
-    the process. Devices are virtual: `hardware.num_devices` is shared between the processes.
+    `arguments` are `["-m", "sdx.train", "model=tiny", ...]`. `{process}` in them, and in values of
+    `environment`, is the number of the process. Devices are virtual: `hardware.num_devices` is
+    shared between the processes.
     """
     port = free_port()
     folders = [folder] * num_processes if isinstance(folder, Path) else list(folder)
@@ -110,11 +111,15 @@ def started(
                 f"distributed.process_id={number}",
             ]
             own = [text.replace("{process}", str(number)) for text in arguments]
+            given = {
+                name: text.replace("{process}", str(number))
+                for name, text in (environment or {}).items()
+            }
             running.append(
                 subprocess.Popen(
                     [sys.executable, *own, *(keys if explicit else ())],
                     cwd=folders[number],
-                    env=inherited | (environment or {}),
+                    env=inherited | given,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     text=True,

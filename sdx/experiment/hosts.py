@@ -17,7 +17,7 @@ from sdx.config.leaves import flatten, spelled
 from sdx.experiment.setup import Setup
 from sdx.parallel.agreement import from_first, gather, is_first, process_count
 from sdx.record.lock import RefusedStart
-from sdx.record.store import AnyPath
+from sdx.record.store import AnyPath, StoreError
 
 _SEEN_WITHIN_S = 15.0  # NFS shows a new file of another host late
 _LOOK_EVERY_S = 0.2
@@ -31,23 +31,31 @@ Facts = dict[str, Any]
 def check_same_folder(folder: AnyPath, key: str) -> None:
     """Raises RefusedStart, in all processes, where one does not see what the first one writes to
     `folder`, the value of `key`; leaves nothing there."""
-    if process_count() == 1 or not isinstance(folder, Path):
+    if process_count() == 1:
         return
     with contextlib.ExitStack() as stack:
-        name = from_first(lambda: stack.enter_context(_nonce(folder)), (RefusedStart,))
-        seen = gather([_is_seen(folder / name), socket.gethostname(), str(folder.absolute())])
+        name = from_first(lambda: stack.enter_context(_nonce(folder)), (RefusedStart, StoreError))
+        blind_for = _blind_for(folder / name)
+        seen = gather([blind_for, socket.gethostname(), str(folder.absolute())])
     from_first(lambda: _check_seen(folder, key, seen), (RefusedStart,))
 
 
-def _check_seen(folder: Path, key: str, seen: Sequence[Sequence[Any]]) -> None:
+def _check_seen(folder: AnyPath, key: str, seen: Sequence[Sequence[Any]]) -> None:
     writer = f"process 0 on {seen[0][1]} ({seen[0][2]})"
-    blind = [f"process {i} on {host} ({where})" for i, (is_seen, host, where) in enumerate(seen)
-             if not is_seen]  # fmt: skip
+    blind = [
+        f"process {i} on {host} ({where}{reason and f': {reason}'})"
+        for i, (reason, host, where) in enumerate(seen)
+        if reason is not None
+    ]
     if blind:
+        use = (
+            "give a folder on a file system that all of them have mounted, as an absolute path."
+            if isinstance(folder, Path)
+            else "give all of them the same endpoint, and credentials for it."
+        )
         raise RefusedStart(
             f"{key}={folder}: is not one folder for all hosts: what {writer} writes there is not "
-            f"seen by {_listed(blind)}; give a folder on a file system that all of them have "
-            "mounted, as an absolute path."
+            f"seen by {_listed(blind)}; {use}"
         )
 
 
@@ -107,13 +115,16 @@ def _differences(who: str, theirs: Mapping[str, Any], first: Mapping[str, Any]) 
 
 
 @contextlib.contextmanager
-def _nonce(folder: Path) -> Iterator[str]:
+def _nonce(folder: AnyPath) -> Iterator[str]:
     """The name of a file in `folder`, which is made if need be; both go in the end."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    above = (folder, *folder.parents) if isinstance(folder, Path) else ()  # a store needs none
+    missing = [path for path in above if not path.exists()]
     path = folder / f".sdx-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        path.write_bytes(b"")
+    except StoreError:  # says what is wrong
+        raise
     except OSError as error:
         raise RefusedStart(
             f"{folder}: cannot be written ({error.strerror}); use another folder."
@@ -127,15 +138,19 @@ def _nonce(folder: Path) -> Iterator[str]:
                 made.rmdir()
 
 
-def _is_seen(path: Path) -> bool:
+def _blind_for(path: AnyPath) -> str | None:
+    """Why this process does not see `path`, "" where nothing is known; None where it does."""
     until = time.monotonic() + (0 if is_first() else _SEEN_WITHIN_S)
-    while not path.exists():
-        if time.monotonic() > until:
-            return False
-        with contextlib.suppress(OSError):
-            os.listdir(path.parent)  # makes NFS look again
-        time.sleep(_LOOK_EVERY_S)
-    return True
+    try:
+        while not path.exists():
+            if time.monotonic() > until:
+                return ""
+            with contextlib.suppress(OSError):
+                list(path.parent.iterdir())  # makes NFS look again
+            time.sleep(_LOOK_EVERY_S)
+    except StoreError as error:
+        return str(error)
+    return None
 
 
 def _listed(names: Sequence[str]) -> str:

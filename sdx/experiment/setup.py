@@ -31,14 +31,14 @@ from sdx.experiment.compilation_cache import use_compilation_cache
 from sdx.experiment.publishing import check_can_publish
 from sdx.experiment.unet_checkpoint import RunUNet, open_unet_checkpoint
 from sdx.experiment.validating import open_validation
-from sdx.parallel.agreement import is_first, process_count
+from sdx.parallel.agreement import is_first
 from sdx.parallel.mesh import MeshError, claim_devices, make_mesh
 from sdx.parallel.place import ProcessesError
 from sdx.record.files import DamagedRecord, read_json
 from sdx.record.lock import RefusedStart
 from sdx.record.paths import RunPaths
 from sdx.record.provenance import data_commit, weights_commit
-from sdx.record.store import ObjectPath, StoreError, as_path
+from sdx.record.store import StoreError, as_path
 from sdx.training.program import BatchError, check_batch
 from sdx.training.sinks import SinkError, check_sinks
 from sdx.weights.configs import check_model
@@ -88,11 +88,6 @@ def prepare(config: Config) -> Setup:
     use_compilation_cache(config.run.compilation_cache_dir)
     claim_devices(config.hardware)
     mesh = make_mesh(config.mesh, config.hardware)
-    if isinstance(root, ObjectPath) and process_count() > 1:
-        raise RefusedStart(
-            f"{root}: only runs of one process can be saved to a store, this one has "
-            f"{process_count()}; use a run.output_dir that all hosts have mounted."
-        )
     config = resolve.with_global_batch(config, mesh.size)
     check_batch(config, mesh, resolve.global_batch_size(config))
     check_sinks(config.metrics.sinks, keeps_files="://" not in config.run.output_dir)

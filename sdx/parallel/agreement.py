@@ -10,7 +10,7 @@ that none is waited for in vain. With one process every call is what it is given
 import itertools
 import json
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 # The key-value client has no public name; Orbax, Flax and MaxText take it from here too.
 from jax._src import distributed
@@ -79,6 +79,23 @@ def from_first(compute: Callable[[], Value], raises: tuple[type[Exception], ...]
     return told["value"]
 
 
+def from_each(compute: Callable[[], Value], raises: tuple[type[Exception], ...] = ()) -> Value:
+    """What `compute` makes in this process; in all of them the same error where it ended with one
+    of `raises` in any."""
+    if process_count() == 1:
+        return compute()
+    value, fault = None, None
+    try:
+        value = compute()
+    except raises as error:
+        kind = next(i for i, kind in enumerate(raises) if isinstance(error, kind))
+        fault = {"error": str(error), "kind": kind}
+    for told in gather(fault):
+        if told is not None:
+            raise raises[told["kind"]](told["error"])
+    return cast(Value, value)
+
+
 def leave_to_first(error: Exception) -> None:
     """Returns unless the error was heard of in `from_first`: the first process says it and ends all
     of them, this one with it."""
@@ -86,17 +103,48 @@ def leave_to_first(error: Exception) -> None:
         gather(None)  # which the first one never comes to
 
 
-def mark(event: str) -> None:
-    """Says once that `event` has come for this process; waits for nobody."""
+def _alone(compute: Callable[[], Value], raises: tuple[type[Exception], ...] = ()) -> Value:
+    return compute()
+
+
+class Readers(NamedTuple):
+    """How those who look at the same thing come to one opinion of it: called as `from_first`."""
+
+    first: Callable[..., Any]
+    """By what the first of them sees."""
+    each: Callable[..., Any]
+    """By what each of them sees of its own."""
+
+
+TOGETHER = Readers(from_first, from_each)
+ALONE = Readers(_alone, _alone)
+"""Of many processes one looks, and asks nobody."""
+
+
+def mark(event: str, value: Any = None) -> None:
+    """Says once that `event` has come for this process, with a value that JSON can carry; waits for
+    nobody. Any thread may call."""
     if process_count() > 1:
-        _service().key_value_set(f"{_MARKS}{event}/{process_index()}", "")
+        _service().key_value_set(f"{_MARKS}{event}/{process_index()}", json.dumps(value))
 
 
 def is_marked_by_all(event: str) -> bool:
     """Whether it has come for every process; any of them may ask at any time."""
-    if process_count() == 1:
-        return True
-    return len(_service().key_value_dir_get(f"{_MARKS}{event}/")) == process_count()
+    return process_count() == 1 or len(_marks(event)) == process_count()
+
+
+def take_marks(event: str) -> list[Any] | None:
+    """The values that came with `event`, in no order; None before it has come for all of the many
+    processes. One process takes them once."""
+    found = _marks(event)
+    if len(found) < process_count():
+        return None
+    _service().key_value_delete(f"{_MARKS}{event}/")
+    return [json.loads(value) for _, value in found]
+
+
+def _marks(event: str) -> list[tuple[str, str]]:
+    return _service().key_value_dir_get(f"{_MARKS}{event}/")
 
 
 def _is_shared() -> bool:

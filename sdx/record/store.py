@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -270,12 +270,19 @@ def upload(folder: Path, to: ObjectPath, *, last: str | None = None) -> None:
     here, there = [str(folder / name) for name in names], [f"{to.key}/{name}" for name in names]
     if names:
         patiently(lambda: to._put(lambda fs: fs.put(here, there, batch_size=_FILES_AT_ONCE)))
-    if last is None:
-        return
-    arrived = patiently(to.files)
-    if lost := [name for name in names if arrived.get(name) != sizes[name]]:
-        raise StoreError(f"{to}: {', '.join(lost[:3])} did not arrive; something removes them.")
-    patiently(lambda: (to / last).write_bytes((folder / last).read_bytes()))
+    if last is not None:
+        put_last(to / last, (folder / last).read_bytes(), {name: sizes[name] for name in names})
+
+
+def put_last(path: ObjectPath, content: bytes, after: Mapping[str, int]) -> None:
+    """Puts an object once those `after` which it comes are there, beside it and below, with so many
+    bytes each."""
+    there = patiently(path.parent.files)
+    if lost := [name for name, num_bytes in after.items() if there.get(name) != num_bytes]:
+        raise StoreError(
+            f"{path.parent}: {', '.join(lost[:3])} did not arrive; something removes them."
+        )
+    patiently(lambda: path.write_bytes(content))
 
 
 def download(path: ObjectPath, folder: Path) -> None:

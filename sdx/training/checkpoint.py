@@ -10,6 +10,7 @@ Arrays are stored as nested dicts named by their path in the state, so that no c
 optax is part of the format.
 """
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,31 +22,38 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from sdx.parallel.agreement import from_first, gather, is_first, process_count, process_index
-from sdx.record.store import AnyPath
+from sdx.parallel.agreement import (
+    ALONE,
+    TOGETHER,
+    Readers,
+    from_first,
+    gather,
+    is_first,
+    process_index,
+)
+from sdx.record.store import AnyPath, ObjectPath, local_copy
+from sdx.training.process_parts import ARRAYS, among, everyone, joined, proofs_of_all, writer
 from sdx.training.replicas import num_replicas, on_first_replica, readers, send_to_all
 from sdx.training.step_folder import (
     MANIFEST,
     ArrayKind,
     Damaged,
     check_digests,
-    prove_files,
     read_manifest,
     step_folders,
     steps,
     write_manifest,
 )
-from sdx.training.step_place import fetched, step_place
+from sdx.training.step_place import check_sizes, step_place
 
 State = TypeVar("State")  # a pytree of arrays with a leaf called `step`
 Found = TypeVar("Found")
 Say = Callable[[str], None]
 Pick = Callable[[Sequence[int]], Sequence[int]]
-Decide = Callable[..., Any]
-"""`from_first`, where all processes read, or `_alone`."""
 
-_ARRAYS = "state"
 _MAX_NAMED = 8  # arrays in one message
+_saves = itertools.count()
+"""Numbers of saves, the same in all processes."""
 
 
 class NoValidCheckpoint(RuntimeError):
@@ -60,10 +68,11 @@ class Checkpointer:
     """Saves and restores the state of one run in `folder` (`RUN/checkpoints`).
 
     One process owns the folder, or one set of JAX processes that all make the same calls: each
-    writes the arrays it has, the first one proves, publishes and removes. `say` gets one line for
-    people when something is wrong with it. The newest `keep` steps stay, and those that `best`
-    picks of all that are there; it is called in another thread of the first process. With
-    `reads_once`, restoring reads one copy of the model and sends it to the others (`replicas`).
+    writes the arrays it has, the first one proves, publishes and removes; to a store each proves
+    and uploads its own part (`process_parts`). `say` gets one line for people when something is
+    wrong with it. The newest `keep` steps stay, and those that `best` picks of all that are there;
+    it is called in another thread of the first process. With `reads_once`, restoring reads one copy
+    of the model and sends it to the others (`replicas`).
     """
 
     def __init__(
@@ -82,7 +91,7 @@ class Checkpointer:
         self._best = best
         self._say = say
         self._reads_once = reads_once
-        self._orbax = ocp.StandardCheckpointer(multiprocessing_options=_among(_everyone()))
+        self._orbax = writer(is_shared=self._place.is_shared)
         self._proving: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -93,14 +102,17 @@ class Checkpointer:
         there is kept as it is. `state` may be donated as soon as this returns.
         """
         self.wait()
-        if from_first(lambda: self._place.has(step)):
+        if not from_first(lambda: self._place.make_room(step)):
             return
-        draft = Path(from_first(lambda: str(self._place.draft(step))))
+        if self._place.is_shared:
+            draft = Path(from_first(lambda: str(self._place.draft(step))))
+        else:
+            draft = self._place.draft(step)
         arrays = _named_leaves(state)
-        self._orbax.save(draft / _ARRAYS, _nested(arrays))
+        self._orbax.save(draft / ARRAYS, args=ocp.args.PyTreeSave(_nested(arrays)))
         kinds = {name: _kind(leaf) for name, leaf in arrays.items()}
         self._proving = threading.Thread(
-            target=self._prove, args=(step, draft, kinds), name="sdx-checkpoint"
+            target=self._prove, args=(step, draft, kinds, next(_saves)), name="sdx-checkpoint"
         )
         self._proving.start()
 
@@ -141,7 +153,7 @@ class Checkpointer:
         if is_first():
             self._place.clean_up()
         found = _newest_whole(
-            _listed(self.folder, from_first),
+            _listed(self.folder, TOGETHER),
             lambda path, step: _restore_verified(path, step, abstract_state, self._reads_once),
             self._say,
             on_damage=self._set_aside,
@@ -153,17 +165,18 @@ class Checkpointer:
             )
         return found
 
-    def _prove(self, step: int, draft: Path, arrays: dict[str, ArrayKind]) -> None:
+    def _prove(self, step: int, draft: Path, arrays: dict[str, ArrayKind], save: int) -> None:
         try:
             self._orbax.wait_until_finished()
+            files = proofs_of_all(self._place, step, draft, save)
             if is_first():
-                write_manifest(draft / MANIFEST, step, prove_files(draft), arrays)
+                write_manifest(draft / MANIFEST, step, files, arrays)
                 self._place.publish(step)
                 self._remove_old()
         except BaseException as error:
             self._error = error  # raised by the next save or wait
         finally:
-            if is_first():  # what another removed, the first one could not publish
+            if is_first() or not self._place.is_shared:  # else the first one could not publish
                 self._place.discard(step)  # a full disk needs the space
 
     def _remove_old(self) -> None:
@@ -190,7 +203,7 @@ def restore_step(
         step,
         lambda path, number: _restore_verified(path, number, abstract_state),
         say,
-        from_first,
+        TOGETHER,
     )
 
 
@@ -208,7 +221,7 @@ def restore_params(
         step,
         lambda path, number: _restore_verified_params(path, number, which),
         say,
-        _alone,
+        ALONE,
     )
 
 
@@ -217,10 +230,10 @@ def _read_only(
     step: int | None,
     read: Callable[[AnyPath, int], Found],
     say: Say,
-    decide: Decide,
+    by: Readers,
 ) -> tuple[int, Found]:
     folder = folder.absolute()
-    wanted = [(n, path) for n, path in _listed(folder, decide) if step is None or n == step]
+    wanted = [(n, path) for n, path in _listed(folder, by) if step is None or n == step]
     found = _newest_whole(wanted, read, say, on_damage=lambda step: None)
     if found is None:
         what = "valid checkpoint" if step is None else f"valid checkpoint {step}"
@@ -258,10 +271,10 @@ def _restore_verified(
     path: AnyPath, step: int, abstract_state: State, reads_once: Mesh | None = None
 ) -> State:
     wanted = _named_leaves(abstract_state)
-    with _verified(path, step, from_first) as (folder, arrays):
+    with _verified(path, step, TOGETHER) as (folder, arrays):
         _check_same_arrays(path, arrays, wanted)
         if reads_once is None or num_replicas(reads_once) == 1:
-            restored = _read_arrays(folder, wanted, _everyone())
+            restored = _read_arrays(folder, wanted, everyone())
         else:
             restored = _read_once(folder, wanted, reads_once)
     if int(restored["step"]) != step:
@@ -271,7 +284,7 @@ def _restore_verified(
 
 
 def _restore_verified_params(path: AnyPath, step: int, which: str) -> dict[str, Any]:
-    with _verified(path, step, _alone) as (folder, arrays):
+    with _verified(path, step, ALONE) as (folder, arrays):
         wanted = {
             name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
             for name, (shape, dtype) in arrays.items()
@@ -296,27 +309,29 @@ def _read_once(path: Path, wanted: Mapping[str, Any], mesh: Mesh) -> dict[str, A
 def _read_arrays(path: Path, wanted: Mapping[str, Any], processes: set[int]) -> dict[str, Any]:
     """The arrays of those names, in all of `processes`. An error here is no damage: the digests
     held."""
-    item, among = _nested(wanted), _among(processes)
+    item, options = _nested(wanted), among(processes)
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=among)
-    with ocp.Checkpointer(handler, multiprocessing_options=among) as orbax:
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    with ocp.Checkpointer(handler, multiprocessing_options=options) as orbax:
         tree = orbax.restore(
-            path / _ARRAYS,
+            path / ARRAYS,
             args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True),
         )
     return _named_leaves(tree)
 
 
 @contextmanager
-def _verified(
-    path: AnyPath, step: int, decide: Decide
-) -> Iterator[tuple[Path, dict[str, ArrayKind]]]:
+def _verified(path: AnyPath, step: int, by: Readers) -> Iterator[tuple[Path, dict[str, ArrayKind]]]:
     """A local folder with the step's files, and the arrays they hold; raises Damaged, in every
     process alike, if a digest fails."""
-    manifest = decide(lambda: read_manifest(path, step), (Damaged,))
-    with fetched(path, manifest["files"]) as folder:
-        decide(lambda: check_digests(folder, manifest["files"]), (Damaged,))
-        yield folder, manifest["arrays"]
+    manifest = by.first(lambda: read_manifest(path, step), (Damaged,))
+    files = manifest["files"]
+    by.first(lambda: check_sizes(path, files), (Damaged,))
+    judge = by.each if isinstance(path, ObjectPath) else by.first
+    with local_copy(path) as folder:  # of a store each process has its own
+        judge(lambda: check_digests(folder, files), (Damaged,))
+        with joined(folder) as whole:
+            yield whole, manifest["arrays"]
 
 
 def _check_same_arrays(
@@ -370,26 +385,7 @@ def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _listed(folder: AnyPath, decide: Decide) -> list[tuple[int, AnyPath]]:
+def _listed(folder: AnyPath, by: Readers) -> list[tuple[int, AnyPath]]:
     """As process 0 lists them: on a shared file system another host may not see all of them yet."""
-    names = decide(lambda: [path.name for _, path in step_folders(folder)])
+    names = by.first(lambda: [path.name for _, path in step_folders(folder)])
     return [(int(name), folder / name) for name in names]
-
-
-def _alone(compute: Callable[[], Found], raises: tuple[type[Exception], ...] = ()) -> Found:
-    """As `from_first`, of this process alone."""
-    return compute()
-
-
-def _everyone() -> set[int]:
-    return set(range(process_count()))
-
-
-def _among(processes: set[int]) -> ocp.options.MultiprocessingOptions:
-    """These read or write together. Named, they meet at barriers of the coordination service;
-    Orbax's default are collectives of the devices, which must not fall between those of a step."""
-    return ocp.options.MultiprocessingOptions(
-        primary_host=min(processes),
-        active_processes=processes,
-        barrier_sync_key_prefix=f"sdx-{len(processes)}",  # a barrier has always the same members
-    )

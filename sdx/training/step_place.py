@@ -6,10 +6,10 @@ first. (Orbax can write to s3:// itself, but hands TensorStore no endpoint, so A
 """
 
 import itertools
+import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -18,9 +18,9 @@ from sdx.record.scratch import scratch_folder
 from sdx.record.store import (
     AnyPath,
     ObjectPath,
-    local_copy,
     move_tree,
     patiently,
+    put_last,
     remove_tree,
     upload,
 )
@@ -35,14 +35,27 @@ _SAVING = ".saving-"
 class StepPlace(Protocol):
     """What a Checkpointer needs of the folder of steps; steps are built one at a time."""
 
-    def has(self, step: int) -> bool: ...
+    @property
+    def is_shared(self) -> bool:
+        """Whether all processes of a run build in the first one's draft, each in its own
+        otherwise."""
+        ...
+
+    def make_room(self, step: int) -> bool:
+        """Removes what was left in the step's place; False where it is there, which stays."""
+        ...
 
     def draft(self, step: int) -> Path:
         """A local folder to build the step in."""
         ...
 
+    def bring(self, step: int) -> None:
+        """Puts what is in the draft where it belongs; before all of it is there, it is no step."""
+        ...
+
     def publish(self, step: int) -> None:
-        """Makes the draft the step; returns when it is there."""
+        """Makes what was brought the step, once the draft has its manifest; returns when it is
+        there."""
         ...
 
     def discard(self, step: int) -> None:
@@ -68,17 +81,22 @@ def step_place(folder: AnyPath) -> StepPlace:
 class LocalPlace:
     """A folder in a file system."""
 
+    is_shared = True
+
     def __init__(self, folder: Path):
         self._folder = folder
 
-    def has(self, step: int) -> bool:
-        return (self._folder / str(step)).exists()
+    def make_room(self, step: int) -> bool:
+        return not (self._folder / str(step)).exists()
 
     def draft(self, step: int) -> Path:
         self.discard(step)
         saving = self._saving(step)
         saving.mkdir(parents=True)
         return saving
+
+    def bring(self, step: int) -> None:
+        """It is built beside its place."""
 
     def publish(self, step: int) -> None:
         os.rename(self._saving(step), self._folder / str(step))
@@ -104,26 +122,40 @@ class LocalPlace:
 
 
 class ObjectPlace:
-    """A folder in an object store, written to by one process."""
+    """A folder in an object store. Of many processes each brings its own part of a step, the first
+    one does all else."""
+
+    is_shared = False
 
     def __init__(self, folder: ObjectPath):
         self._folder = folder
         self._draft: Path | None = None
         self._scratch = ExitStack()
 
-    def has(self, step: int) -> bool:
-        return (self._folder / str(step) / MANIFEST).exists()
+    def make_room(self, step: int) -> bool:
+        if (self._folder / str(step) / MANIFEST).exists():
+            return False
+        remove_tree(self._folder / str(step))
+        return True
 
     def draft(self, step: int) -> Path:
         self._draft = self._scratch.enter_context(scratch_folder())
         return self._draft
 
+    def bring(self, step: int) -> None:
+        assert self._draft is not None
+        upload(self._draft, self._folder / str(step))
+
     def publish(self, step: int) -> None:
         assert self._draft is not None
-        place = self._folder / str(step)
-        remove_tree(place)
+        manifest = (self._draft / MANIFEST).read_bytes()
+        files: dict[str, FileProof] = json.loads(manifest)["files"]
         flush()  # who goes on from this step finds every row up to it
-        upload(self._draft, place, last=MANIFEST)
+        put_last(
+            self._folder / str(step) / MANIFEST,
+            manifest,
+            after={name: num_bytes for name, (_, num_bytes) in files.items()},
+        )
 
     def discard(self, step: int) -> None:
         self._scratch.close()
@@ -143,19 +175,17 @@ class ObjectPlace:
                 remove_tree(path)
 
 
-@contextmanager
-def fetched(path: AnyPath, files: dict[str, FileProof]) -> Iterator[Path]:
-    """The step `path` as a local folder; Damaged where files of a store are not as long as proven,
-    before anything is downloaded."""
-    if isinstance(path, ObjectPath):
-        there = path.files()
-        for name, (_, num_bytes) in files.items():
-            if name not in there:
-                raise Damaged(f"{name} is missing")
-            if there[name] != num_bytes:
-                raise Damaged(f"{name} has {there[name]} of its {num_bytes} bytes")
-    with local_copy(path) as folder:
-        yield folder
+def check_sizes(path: AnyPath, files: dict[str, FileProof]) -> None:
+    """Raises Damaged where files of a step in a store are not as long as proven, which costs no
+    download."""
+    if isinstance(path, Path):
+        return
+    there = path.files()
+    for name, (_, num_bytes) in files.items():
+        if name not in there:
+            raise Damaged(f"{name} is missing")
+        if there[name] != num_bytes:
+            raise Damaged(f"{name} has {there[name]} of its {num_bytes} bytes")
 
 
 def _aside(path: AnyFolder) -> AnyFolder:

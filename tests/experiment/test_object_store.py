@@ -4,7 +4,6 @@ import random
 import signal
 import subprocess
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sdx.experiment import hosts
 from sdx.experiment.drawing import draw
 from sdx.experiment.exporting import export
-from sdx.experiment.setup import prepare
 from sdx.experiment.unet_checkpoint import open_unet_checkpoint
 from sdx.pipeline import load
 from sdx.record.files import read_json
@@ -79,7 +78,7 @@ def runs(
     with pytest.raises(RunLocked, match=f"in use by process {process.pid}"):
         RunLock(paths.lock).acquire()
     process.send_signal(signal.SIGTERM)
-    said += [process.communicate(timeout=120)[0]]
+    said += [process.communicate(timeout=600)[0]]
     assert process.returncode == 75, said
     status = read_json(paths.status) or {}
     assert status["status"] == "interrupted" and not is_held(paths.lock)
@@ -182,11 +181,22 @@ def test_a_store_that_cannot_be_written_to_refuses_the_start(
     assert said in text and "Traceback" not in text and "canary" not in text
 
 
-def test_many_processes_are_refused_a_store(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdx.experiment.setup.process_count", lambda: 2)
-    config = micro_config()
-    with pytest.raises(RefusedStart, match="only runs of one process can be saved to a store"):
-        prepare(replace(config, run=replace(config.run, output_dir=bucket)))
+def test_a_host_that_sees_another_store_is_named(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(own: list[Any]) -> list[list[Any]]:
+        assert own[0] is None, "the first one sees what it wrote"
+        return [own, ["refused (Forbidden)", "far", own[2]], own]
+
+    monkeypatch.setattr(hosts, "process_count", lambda: 3)
+    monkeypatch.setattr(hosts, "gather", gather)
+    folder = as_path(f"{bucket}/runs")
+    with pytest.raises(RefusedStart) as caught:
+        hosts.check_same_folder(folder, "run.output_dir")
+    assert f"not seen by process 1 on far ({folder}: refused (Forbidden)); give" in str(
+        caught.value
+    )
+    assert not folder.exists(), "nothing is left there"
 
 
 def test_an_export_in_a_store_is_replaced_and_a_torn_one_is_ours(

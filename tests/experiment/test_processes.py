@@ -6,7 +6,10 @@ the devices.
 
 import json
 import os
+import shutil
 import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,12 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from tests.experiment.test_resume import arrays
+from sdx.record.files import read_json
+from sdx.record.metrics import read_metrics
+from sdx.record.parts import read_parts
+from sdx.record.store import ObjectPath, as_path, download
+from sdx.training.process_parts import joined
+from tests.experiment.test_resume import arrays, arrays_of
 from tests.processes import Ended, Processes, run, started
 
 STEPS = 8
@@ -89,9 +97,10 @@ class Run:
         return json.loads((self.root / name).read_text())
 
 
-def command(folder: Path, *more: str) -> list[str]:
+def command(folder: Path, *more: str, output_dir: str | None = None) -> list[str]:
     note = str(folder / "batches-{process}.jsonl")
-    return ["-m", "tests.experiment.recorded", note, *RUN, f"run.output_dir={folder}", *more]
+    place = f"run.output_dir={output_dir or folder}"
+    return ["-m", "tests.experiment.recorded", note, *RUN, place, *more]
 
 
 def finished(folder: Path, num_processes: int, *more: str) -> Run:
@@ -191,7 +200,7 @@ def test_a_killed_process_ends_the_run_and_the_restart_is_bit_equal(
     with started(command(tmp_path), environment=QUICK | {"SLOW": "1"}) as processes:
         wait_for(processes, cut, 2)
         processes.send(1, signal.SIGKILL)
-        ended = processes.end(60)
+        ended = processes.end()
     assert ended.codes == [1, -signal.SIGKILL], ended
     assert "process 1 of 2 on " in ended.outputs[0]
     again = finished(tmp_path, 2)
@@ -202,13 +211,65 @@ def test_a_killed_process_ends_the_run_and_the_restart_is_bit_equal(
     assert [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()] == []
 
 
+def test_hosts_that_share_no_disk_keep_a_run_in_a_store(
+    two: Run, bucket: str, tmp_path: Path
+) -> None:
+    """Stopped, killed, and each time on machines where nothing is left of the start before."""
+    root = as_path(f"{bucket}/runs/run")
+    assert isinstance(root, ObjectPath)
+    scratch = tmp_path / "scratch"
+
+    def start(**more: str) -> AbstractContextManager[Processes]:
+        shutil.rmtree(scratch, ignore_errors=True)
+        for number in range(2):
+            (scratch / str(number)).mkdir(parents=True)
+        return started(
+            command(tmp_path, output_dir=f"{bucket}/runs"),
+            environment=QUICK | {"TMPDIR": str(scratch / "{process}")} | more,
+        )
+
+    def wait(processes: Processes, is_there: Callable[[], bool]) -> None:
+        while not is_there():
+            assert all(process.poll() is None for process in processes.running), processes.output(0)
+
+    with start(SLOW="1") as processes:
+        wait(processes, (root / "checkpoints" / "2" / "manifest.json").exists)
+        processes.send(1, signal.SIGTERM)
+        ended = processes.end()
+    assert ended.codes == [75, 75], ended
+    stopped = read_json(root / "status.json") or {}
+    assert stopped["status"] == "interrupted" and 2 <= stopped["step"] < STEPS - 1
+    with start(SLOW="1") as processes:
+        wait(processes, lambda: read_metrics(root / "metrics.jsonl")[-1]["step"] > stopped["step"])
+        processes.send(1, signal.SIGKILL)
+        ended = processes.end()
+    assert ended.codes == [1, -signal.SIGKILL], ended
+    assert f"continuing from step {stopped['step']}" in ended.outputs[0]
+    with start() as processes:
+        ended = processes.end()
+    assert ended.codes == [0, 0], ended
+    download(root, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(read_parts(root / "metrics.jsonl")))
+    assert Run(tmp_path, 2).rows == two.rows
+    same = ("export/unet/diffusion_pytorch_model.safetensors", f"samples/{STEPS:07}.png")
+    assert [n for n in same if (root / n).read_bytes() != (two.root / n).read_bytes()] == []
+    kept = tmp_path / "run" / "checkpoints" / str(STEPS)
+    assert {f"ocdbt.process_{number}" for number in range(2)} <= set(os.listdir(kept / "state"))
+    with joined(kept) as whole:
+        theirs, ours = arrays(two.root, STEPS), arrays_of(whole)
+    assert theirs.keys() == ours.keys()
+    assert [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()] == []
+    assert [list((scratch / str(number)).iterdir()) for number in range(2)] == [[], []]
+    assert [path.name for path in as_path(f"{bucket}/runs").iterdir()] == ["run"]
+
+
 def test_a_signal_to_one_saves_one_step_and_other_processes_go_on(one: Run, tmp_path: Path) -> None:
     """Stopped as 2 processes, goes on as 4 of which those of one copy read, ends like one."""
     cut = Run(tmp_path, 2)
     with started(command(tmp_path), environment=QUICK | {"SLOW": "1"}) as processes:
         wait_for(processes, cut, 2)
         processes.send(1, signal.SIGTERM)
-        ended = processes.end(60)
+        ended = processes.end()
     assert ended.codes == [75, 75], ended
     status = cut.read("status.json")
     assert status["status"] == "interrupted" and 2 <= status["step"] < STEPS

@@ -20,6 +20,7 @@ from sdx.config.schema import DistributedConfig, HardwareConfig, Platform
 from sdx.parallel.agreement import from_first, gather
 from sdx.parallel.distributed import start_processes
 from sdx.parallel.mesh import AXES, claim_devices
+from sdx.record.store import as_path
 from sdx.training.checkpoint import Checkpointer
 
 SPECS = {
@@ -111,7 +112,7 @@ def main() -> None:
     done: dict[str, Any] = {"agreed": agreed(int(number))}
     for act in acts.split(","):
         once = mesh if act == "restore_once" else None
-        checkpointer = Checkpointer(Path(folder), keep=2, say=said.append, reads_once=once)
+        checkpointer = Checkpointer(as_path(folder), keep=2, say=said.append, reads_once=once)
         if act.startswith("save="):
             step = int(act.removeprefix("save="))
             checkpointer.save(step, placed(step, mesh))

@@ -20,7 +20,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from sdx.training import checkpoint, step_folder
+from sdx.training import process_parts, step_folder
 from sdx.training.checkpoint import (
     Checkpointer,
     CheckpointMismatch,
@@ -339,7 +339,7 @@ def test_an_error_of_the_proof_is_raised_at_the_next_save(
 
     checkpointer = Checkpointer(tmp_path, keep=2, say=_say_nothing)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "prove_files", fail)
+        patch.setattr(process_parts, "prove_files", fail)
         checkpointer.save(1, _state(1))
         with pytest.raises(OSError, match="the disk is gone"):
             checkpointer.save(2, _state(2))
@@ -445,8 +445,8 @@ def test_kills_at_any_time_leave_a_saved_state_and_all_that_was_promised(tmp_pat
         env={**os.environ, "JAX_PLATFORMS": "cpu", "OPENBLAS_NUM_THREADS": "1"},
     ) as workers:
         assert workers.stdin is not None and workers.stdout is not None
-        while num_kills < 10 or num_torn < 4:
-            assert num_kills < 30, f"only {num_torn} of 30 kills hit a save"
+        while num_kills < 10 or num_torn < 4 or promised < 3:
+            assert num_kills < 60, f"{num_torn} of 60 kills hit a save, step {promised} was saved"
             num_kills += 1
             workers.stdin.write("another\n")
             workers.stdin.flush()
@@ -469,4 +469,3 @@ def test_kills_at_any_time_leave_a_saved_state_and_all_that_was_promised(tmp_pat
                     assert step >= promised
                 if word == "saved":
                     promised = step
-    assert promised >= 3

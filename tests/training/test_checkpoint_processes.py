@@ -9,21 +9,24 @@ import pytest
 from jax.sharding import Mesh
 
 from sdx.parallel.mesh import AXES
-from sdx.training.checkpoint import Checkpointer
+from sdx.record.store import AnyPath, ObjectPath, as_path, download
+from sdx.training.checkpoint import Checkpointer, restore_params
 from tests import processes
 from tests.micro import micro_mesh
-from tests.training.saving import abstract, is_equal, placed
+from tests.training.saving import abstract, is_equal, placed, state_of
 
 
-def act(num_processes: int, acts: str, folder: Path, data: int, fsdp: int) -> list[dict[str, Any]]:
+def act(
+    num_processes: int, acts: str, folder: AnyPath, data: int, fsdp: int, **environment: str
+) -> list[dict[str, Any]]:
     """What each of the processes says it did."""
     arguments = ["-m", "tests.training.saving", acts, str(folder), str(data), str(fsdp)]
-    ended = processes.run(arguments, num_processes=num_processes)
+    ended = processes.run(arguments, num_processes=num_processes, environment=environment)
     assert ended.codes == [0] * num_processes, ended
     return [json.loads(output.splitlines()[-1]) for output in ended.outputs]
 
 
-def alone(folder: Path, mesh: Mesh, *, saves: int) -> int:
+def alone(folder: AnyPath, mesh: Mesh, *, saves: int) -> int:
     """Restores in this process, then saves; the step that was restored."""
     checkpointer = Checkpointer(folder, keep=2, say=print)
     found = checkpointer.restore(abstract(mesh))
@@ -78,3 +81,31 @@ def test_one_copy_is_read_and_all_have_it(
     wanted = abstract(mesh)
     assert found[1]["mu"]["kernel"].sharding == wanted["mu"]["kernel"].sharding
     assert np.signbit(np.asarray(found[1]["params"]["bias"])[0])
+
+
+def test_hosts_without_a_common_disk_write_to_a_store(bucket: str, tmp_path: Path) -> None:
+    """Two of them, then this process, then four which find that one's step damaged."""
+    folder = as_path(f"{bucket}/run/checkpoints")
+    assert isinstance(folder, ObjectPath)
+    scratch = [tmp_path / "scratch" / str(number) for number in range(4)]
+    for path in scratch:
+        path.mkdir(parents=True)
+    own = {"TMPDIR": str(tmp_path / "scratch" / "{process}")}
+    for done in act(2, "save=1,save=2,save=3", folder, 2, 2, **own):
+        assert [done[f"save={step}"] for step in (1, 2, 3)] == [[1], [1, 2], [2, 3]]
+    proven = json.loads((folder / "3" / "manifest.json").read_text())["files"]
+    assert proven.keys() == (folder / "3").files().keys() - {"manifest.json"}
+    parts = {name.split("/")[1] for name in proven}
+    assert {"ocdbt.process_0", "ocdbt.process_1"} <= parts and "manifest.ocdbt" not in parts
+    download(folder, tmp_path / "copied")
+    for written, path in ((3, folder), (2, tmp_path / "copied")):
+        step, params = restore_params(path, "params", step=written, say=print)
+        wanted = state_of(step)["params"]
+        assert all(params[name].tobytes() == wanted[name].tobytes() for name in wanted)
+    assert alone(folder, micro_mesh(2, data=1, fsdp=2), saves=4) == 3
+    (folder / "4" / "state" / "manifest.ocdbt").write_bytes(b"damaged")
+    for number, done in enumerate(act(4, "restore,restore_once", folder, 2, 2, **own)):
+        assert "checkpoint 4 is damaged" in done["said"][0], number
+        for way in ("restore", "restore_once"):
+            assert done[way]["step"] == 3 and done[way]["equal"], (number, way)
+    assert [list(path.iterdir()) for path in scratch] == [[]] * 4

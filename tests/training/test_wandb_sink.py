@@ -268,11 +268,11 @@ def test_a_killed_and_a_stopped_run_is_one(tmp_path: Path) -> None:
     process = command.start(*overrides)
     wait_for_step(process, run, 7)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     process = command.start(*overrides)
     wait_for_step(process, run, 12)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 75, output
     killed, stopped = told(run)
     assert len({path.name for path in files(run)}) == 1  # run-ID.wandb
