@@ -15,6 +15,7 @@ from sdx.config.compose import compose, from_saved, to_yaml
 from sdx.config.folders import CONF, group_options
 from sdx.config.identity import identity, run_folder_name
 from sdx.config.schema import Config
+from sdx.config.sweeping import SweepRequest, SweptJob, read_request
 
 pytestmark = pytest.mark.fast
 
@@ -34,7 +35,7 @@ class Body:
         self.codes = list(codes)
         self.calls: list[tuple[Config, list[str]]] = []
 
-    def __call__(self, config: Config, overrides: list[str]) -> int:
+    def __call__(self, config: Config, overrides: list[str], keys: object = None) -> int:
         self.calls.append((config, overrides))
         return self.codes[len(self.calls) - 1] if self.codes else 0
 
@@ -60,6 +61,13 @@ def in_subprocess(repository: Path, *argv: str) -> tuple[subprocess.CompletedPro
     return done, seconds
 
 
+def swept(*argv: str) -> list[SweptJob]:
+    """The jobs of that sweep."""
+    request = read_request("train", parse_arguments(["--multirun", *argv]))
+    assert isinstance(request, SweepRequest)
+    return request.jobs
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
@@ -76,7 +84,7 @@ def test_answers_come_quickly_and_without_jax(
     done, seconds = in_subprocess(repository, *argv)
     assert done.returncode == 0, done.stderr
     assert expected in done.stdout
-    assert seconds < 1.5
+    assert seconds < 6, "measured: 1"
 
 
 def test_a_composed_run_imports_no_jax_before_its_body(repository: Path) -> None:
@@ -135,8 +143,8 @@ def test_own_options_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "lr: 1.0e-09" in capsys.readouterr().out
     assert run("train", [*folder, "--help"], body) == 0
     assert "gentle" in capsys.readouterr().out
-    assert run("train", [*folder, "-m", "optimizer=gentle,adamw"], body) == 0
-    assert [config.optimizer.lr for config, _ in body.calls][1] == 1e-9
+    found = swept(*folder, "optimizer=gentle,adamw")
+    assert [job.config.optimizer.lr for job in found][0] == 1e-9
 
 
 def test_from_a_run_folder_continues_in_that_folder(tmp_path: Path) -> None:
@@ -174,10 +182,7 @@ def test_from_a_run_folder_continues_in_that_folder(tmp_path: Path) -> None:
         (["--mixed_precision=fp16"], "use model.activations_dtype=bfloat16"),
         (["--cfg", "job", "modle=tiny"], "modle=tiny: unknown key; did you mean model?"),
         (["-m", "optimizer.lr=1e-5,x"], "optimizer.lr=x: must be a number."),
-        (["-m", "optimizer.lr=interval(0,1)"], "does not support sweep type"),
         (["-m", "train.max_steps=1,2", "a=b=c"], "a=b=c: not readable"),
-        (["-m", "hydra/launcher=slurm"], "hydra/launcher/slurm: no such option; use basic."),
-        (["-m", "hydra.sweeper.dri_run=1"], "hydra.sweeper.dri_run: unknown key"),
     ],
 )
 def test_refused(argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,37 +192,41 @@ def test_refused(argv: list[str], expected: str, capsys: pytest.CaptureFixture[s
     assert body.calls == []
 
 
-def test_a_sweep_runs_every_combination_in_folders_of_their_own(
-    empty_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    body = Body()
-    assert run("train", ["-m", "optimizer.lr=1e-5,5e-6", "sample.every=0,5"], body) == 0
-    found = [(config.optimizer.lr, config.sample.every) for config, _ in body.calls]
-    assert found == [(1e-5, 0), (1e-5, 5), (5e-6, 0), (5e-6, 5)]
-    assert len({run_folder_name(config) for config, _ in body.calls}) == 4
-    assert "job 2 of 4: optimizer.lr=1e-05 sample.every=5" in capsys.readouterr().out
-    assert list(empty_folder.iterdir()) == []
+def test_a_sweep_is_every_combination_in_folders_of_their_own() -> None:
+    found = swept("optimizer.lr=1e-5,5e-6", "sample.every=0,5")
+    values = [(job.config.optimizer.lr, job.config.sample.every) for job in found]
+    assert values == [(1e-5, 0), (1e-5, 5), (5e-6, 0), (5e-6, 5)]
+    assert len({run_folder_name(job.config) for job in found}) == 4
 
 
 def test_a_job_of_a_sweep_is_the_run_it_would_be_alone() -> None:
-    body = Body()
-    run("train", ["-m", "optimizer.lr=1e-5,5e-6"], body)
-    config, overrides = body.calls[0]
-    alone = compose(overrides)
+    job = swept("optimizer.lr=1e-5,5e-6")[0]
+    config, alone = job.config, compose(job.overrides)
     assert config.run.name == run_folder_name(alone)
     assert dataclasses.replace(config, run=alone.run, export=alone.export) == alone
     assert identity(config) == identity(alone)
 
 
 def test_a_sweep_exports_only_what_it_is_told_to() -> None:
+    found = [
+        *swept("run.seed=0,1"),
+        *swept("run.seed=0", "export.at_end=true"),
+        *swept("run.seed=0", "export.push_to_hub=false"),
+        *swept("export.push_to_hub=true", "export.hub_model_id=me/it"),
+    ]
+    exports = [job.config.export.at_end for job in found]
+    assert exports == [False, False, True, False, True]
+    assert compose(["run.seed=0"]).export.at_end
+
+
+def test_a_plan_of_many_jobs_is_made_here_one_after_the_other(
+    empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     body = Body()
-    run("train", ["-m", "run.seed=0,1"], body)
-    run("train", ["-m", "run.seed=0", "export.at_end=true"], body)
-    run("train", ["-m", "run.seed=0", "export.push_to_hub=false"], body)
-    run("train", ["-m", "export.push_to_hub=true", "export.hub_model_id=me/it"], body)
-    run("train", ["run.seed=0"], body)
-    exports = [config.export.at_end for config, _ in body.calls]
-    assert exports == [False, False, True, False, True, True]
+    assert run("plan", ["-m", "optimizer.lr=1e-5,5e-6", "sample.every=0,5"], body) == 0
+    assert [config.optimizer.lr for config, _ in body.calls] == [1e-5, 1e-5, 5e-6, 5e-6]
+    assert "job 2 of 4: optimizer.lr=1e-05 sample.every=5" in capsys.readouterr().out
+    assert list(empty_folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -230,25 +239,20 @@ def test_the_exit_code_of_a_sweep(codes: list[int], expected: int) -> None:
 
 def test_an_interrupted_job_ends_the_sweep() -> None:
     body = Body(75)
-    assert run("train", ["--multirun", "run.seed=0,1"], body) == 75
+    assert run("plan", ["--multirun", "run.seed=0,1"], body) == 75
     assert len(body.calls) == 1
 
 
 def test_a_job_that_raises_fails_the_sweep_and_the_next_one_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def body(config: Config, overrides: list[str]) -> int:
+    def body(config: Config, overrides: list[str], keys: object) -> int:
         if config.run.seed == 0:
             raise RuntimeError("out of luck")
         return 0
 
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    assert run("train", ["--multirun", "run.seed=0,1"], body) == 1
+    assert run("plan", ["--multirun", "run.seed=0,1"], body) == 1
     assert (sys.argv, os.environ.get("HYDRA_FULL_ERROR")) == before
     captured = capsys.readouterr()
     assert "out of luck" in captured.err and "job 2 of 2" in captured.out
-
-
-def test_a_launcher_is_let_through_with_multirun() -> None:
-    arguments = parse_arguments(["-m", "hydra/launcher=basic", "run.seed=0,1"])
-    assert arguments.problems == [] and arguments.overrides[0] == "hydra/launcher=basic"

@@ -267,7 +267,7 @@ def test_clip_folders_do_not_import_transformers(plain: Path):
         f"load_tokenizer(Path({str(plain)!r})).encode(['cat']);"
         "assert not {'transformers', 'torch', 'jax'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=600)
 
 
 def test_other_tokenizers_come_from_transformers(tmp_path: Path):

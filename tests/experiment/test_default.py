@@ -44,8 +44,9 @@ def test_pictures_show_what_unseen_prompts_say(default_run: tuple[Path, str, flo
 
 
 def test_it_takes_minutes(default_run: tuple[Path, str, float]) -> None:
-    """Five on two cores are 600 CPU-seconds, which other work on the machine does not change."""
-    assert default_run[2] <= 420
+    """Measured: 343 CPU-seconds, which other work on the machine hardly changes; a machine half as
+    fast passes."""
+    assert default_run[2] <= 1000
 
 
 def test_everything_is_there(default_run: tuple[Path, str, float]) -> None:
@@ -60,19 +61,23 @@ def test_everything_is_there(default_run: tuple[Path, str, float]) -> None:
 def test_second_start_takes_its_first_step_soon(default_run: tuple[Path, str, float]) -> None:
     """With compiled programs at hand, from typing the command to the first row of metrics.
 
-    On a busy machine the seconds that its processor gave to it count.
+    Measured: 10 CPU-seconds of the 343 of the whole run; 36 where programs are compiled.
     """
-    run = default_run[0]
-    cache = f"run.compilation_cache_dir={run.parents[1] / 'cache'}"
-    started = time.monotonic()
-    overrides = [cache, "run.name=again", "metrics.every=1"]
+    run, _, whole = default_run
+    cache = run.parents[1] / "cache"
+    compiled = {path.name for path in cache.iterdir()}
+    overrides = [f"run.compilation_cache_dir={cache}", "run.name=again", "metrics.every=1"]
     process = subprocess.Popen([sys.executable, "-m", "sdx.train", *overrides], cwd=run.parents[1])
     metrics = run.parent / "again" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-        time.sleep(0.02)
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    elapsed = time.monotonic() - started
-    seconds = min(elapsed, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
-    process.kill()
-    process.wait()
-    assert metrics.stat().st_size and seconds < 10
+    try:
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert process.poll() is None
+            time.sleep(0.02)
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    finally:
+        process.kill()
+        process.wait()
+    new = {path.name for path in cache.iterdir()} - compiled
+    assert not [name for name in new if name.endswith("-cache")], "nothing was compiled again"
+    seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    assert seconds < 0.07 * whole, (seconds, whole)

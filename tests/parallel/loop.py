@@ -30,8 +30,8 @@ def main() -> int:
         coordinator_address=OPTIONS["distributed.coordinator_address"],
         num_processes=int(OPTIONS["distributed.num_processes"]),
         process_id=int(OPTIONS["distributed.process_id"]),
-        initialization_timeout_s=int(OPTIONS.get("initialization", 60)),
-        heartbeat_timeout_s=int(OPTIONS.get("heartbeat", 60)),
+        initialization_timeout_s=int(OPTIONS.get("initialization", 300)),
+        heartbeat_timeout_s=int(OPTIONS.get("heartbeat", 600)),
     )
     hardware = HardwareConfig(
         name="cpu", platform=Platform.cpu, num_devices=distributed.num_processes

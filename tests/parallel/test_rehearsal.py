@@ -39,7 +39,7 @@ def children_of(pid: int) -> list[int]:
 
 def wait_for(folder: Path, text: str) -> None:
     """Returns once the run's log has it."""
-    log, deadline = folder / "outputs" / "run" / "log.txt", time.monotonic() + 120
+    log, deadline = folder / "outputs" / "run" / "log.txt", time.monotonic() + 600
     while not log.exists() or text not in log.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -55,14 +55,14 @@ def test_ctrl_c_stops_all_hosts_after_a_step_and_the_record_says_what_it_was(
 ) -> None:
     process = begin(tmp_path, "train.max_steps=5000", "sample.every=null")
     metrics = tmp_path / "outputs" / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             raise AssertionError(process.communicate()[0])
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 75, output
     run = tmp_path / "outputs" / "run"
     status = json.loads((run / "status.json").read_text())
@@ -79,7 +79,7 @@ def test_ctrl_c_stops_all_hosts_after_a_step_and_the_record_says_what_it_was(
 
 def test_what_is_refused_is_said_once(tmp_path: Path) -> None:
     process = begin(tmp_path, "data=imagefolder", "data.dir=missing", "sample.every=null")
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 2, output
     assert output.count("missing") == 1, output
     assert not (tmp_path / "outputs").exists()
@@ -94,8 +94,8 @@ def test_hosts_die_with_the_command(tmp_path: Path) -> None:
     while "tiny on shapes" not in process.stdout.readline():  # the headline: they have met
         assert process.poll() is None
     process.kill()
-    process.communicate(timeout=30)
-    deadline = time.monotonic() + 10
+    process.communicate(timeout=600)
+    deadline = time.monotonic() + 600
     while any(is_alive(host) for host in hosts):
         assert time.monotonic() < deadline, hosts
         time.sleep(0.05)

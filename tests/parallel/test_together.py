@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,19 +25,16 @@ def looping(*options: str, num_ready: int = 2) -> Iterator[Processes]:
         yield processes
 
 
-def ended(processes: Processes, within_s: float) -> Ended:
-    """Both, each by itself."""
-    begin = time.monotonic()
-    result = processes.end(within_s + 5)
-    assert time.monotonic() - begin < within_s, result
-    return result
+def ended(processes: Processes) -> Ended:
+    """Both, each by itself: JAX's own end, ten minutes later, would be a kill with exit code -9."""
+    return processes.end(300)
 
 
 @pytest.mark.parametrize(("number", "sent"), [(1, signal.SIGTERM), (0, signal.SIGUSR2)])
 def test_a_signal_to_one_stops_both_before_the_same_step(number: int, sent: signal.Signals) -> None:
     with looping() as processes:
         processes.send(number, sent)
-        result = ended(processes, 15)
+        result = ended(processes)
     assert result.codes == [75, 75], result
     stopped = [text.partition("stopped before ")[2].split("\n")[0] for text in result.outputs]
     assert stopped[0].startswith("step ") and stopped[0] == stopped[1], result
@@ -51,7 +47,7 @@ def test_a_signal_while_one_compiles_ends_both_at_once() -> None:
     with looping("compile=1") as processes:
         processes.wait_until_said(1, "compiling")
         processes.send(0, signal.SIGTERM)  # which waits for the other in a collective
-        result = ended(processes, 15)
+        result = ended(processes)
     assert result.codes == [75, 75], result
     assert "interrupted" in result.outputs[0], result
 
@@ -59,7 +55,7 @@ def test_a_signal_while_one_compiles_ends_both_at_once() -> None:
 def test_an_error_of_one_ends_both_with_its_traceback() -> None:
     with started([*LOOP, "raise=1@5"]) as processes:
         processes.wait_until_said(0, "ready")
-        result = ended(processes, 30)
+        result = ended(processes)
     assert result.codes == [1, 1], result
     first = result.outputs[0]
     assert "in steps\n    raise OSError" in first, result
@@ -71,13 +67,14 @@ def test_an_error_of_one_ends_both_with_its_traceback() -> None:
 def test_an_error_of_the_first_ends_both() -> None:
     with started([*LOOP, "raise=0@5"]) as processes:
         processes.wait_until_said(1, "ready")
-        result = ended(processes, 30)
+        result = ended(processes)
     assert result.codes == [1, 1], result
     assert "failed: OSError: the disk is gone" in result.outputs[0], result
     assert "ended with the whole run: OSError: the disk is gone" in result.outputs[1], result
 
 
 # sdx.train whose second process cannot read weights, while the first may be compiling.
+PATIENT = "distributed.heartbeat_timeout_s=600"
 BROKEN_TRAIN = """
 import sys
 from sdx.experiment.attempt import Attempt
@@ -91,10 +88,10 @@ sys.exit(main())
 
 
 def test_the_record_of_a_run_has_the_traceback_of_the_process_that_failed(tmp_path: Path) -> None:
-    overrides = (*MICRO, "hardware.num_devices=2", "mesh=dp", "run.name=run")
+    overrides = (*MICRO, "hardware.num_devices=2", "mesh=dp", "run.name=run", PATIENT)
     with started(["-c", BROKEN_TRAIN, *overrides], folder=tmp_path) as processes:
         processes.wait_until_said(0, "tiny on shapes")
-        result = ended(processes, 30)
+        result = ended(processes)
     assert result.codes == [1, 1], result
     run = tmp_path / "outputs" / "run"
     log, status = (run / "log.txt").read_text(), json.loads((run / "status.json").read_text())
@@ -108,7 +105,7 @@ def test_the_record_of_a_run_has_the_traceback_of_the_process_that_failed(tmp_pa
 def test_the_death_of_one_ends_the_other_within_the_heartbeat() -> None:
     with looping("heartbeat=5") as processes:
         processes.send(1, signal.SIGKILL)
-        result = ended(processes, 8)
+        result = ended(processes)
     assert result.codes == [1, -signal.SIGKILL], result
     assert "failed: process 1 of 2 on " in result.outputs[0], result
     assert "no sign of life for 4 s" in result.outputs[0], result
@@ -116,16 +113,17 @@ def test_the_death_of_one_ends_the_other_within_the_heartbeat() -> None:
 
 
 def test_the_death_of_the_first_ends_the_other_at_once() -> None:
-    with looping("heartbeat=60") as processes:
+    with looping() as processes:
         processes.send(0, signal.SIGKILL)
-        result = ended(processes, 15)
-    assert result.codes[0] == -signal.SIGKILL and result.codes[1] not in (0, 75), result
+        result = ended(processes)
+    assert result.codes[0] == -signal.SIGKILL, result
+    assert result.codes[1] not in (0, 75, -signal.SIGKILL), result
 
 
 def test_a_process_that_does_not_come_is_told_of() -> None:
     with started([*LOOP, "initialization=2"], num_processes=2) as processes:
         processes.running[1].kill()
-        result = ended(processes, 15)
+        result = ended(processes)
     assert result.codes[0] == 1, result
     assert "sdx: process 0 of 2 waited 2 s" in result.outputs[0], result
     assert NO_STACK not in result.outputs[0]

@@ -118,7 +118,7 @@ class _Object(ObjectPath):
     error: list[BaseException] = []
 
     def write_bytes(self, content: bytes) -> None:
-        assert self.gate.wait(10)
+        assert self.gate.wait(300)
         if self.error:
             raise self.error.pop()
         self.log.append((self.key, content))
