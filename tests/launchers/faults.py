@@ -1,14 +1,16 @@
 """What goes wrong in the processes of a run, in a source tree of the tests: `source_tree.py` puts
 this file into `sdx/training` there.
 
-Variables say what. SDX_TEST_SLOW=S: from the fourth step on each takes S seconds more, in the first
-start of a job only. SDX_TEST_RAISE=RANK:STEP: that rank raises there, at every start.
+Variables say what. The first start of a job waits with SDX_TEST_HOLD=STEP before that step until a
+file `go` lies beside its job.json, and takes S seconds more for each step from the fourth on with
+SDX_TEST_SLOW=S. With SDX_TEST_RAISE=RANK:STEP that rank raises there, at every start.
 
 Compiled programs are kept by all processes, not by the first alone: on a CPU each has its own.
 """
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 from jax._src import compilation_cache, compiler
@@ -21,12 +23,20 @@ _place_batch = Program.place_batch
 
 
 def _place(self: Program, host: HostBatch) -> Batch:
-    if "SDX_TEST_SLOW" in os.environ and "SLURM_RESTART_COUNT" not in os.environ and host.step > 3:
-        time.sleep(float(os.environ["SDX_TEST_SLOW"]))
+    if "SLURM_RESTART_COUNT" not in os.environ:
+        _linger(host.step)
     rank, _, step = os.environ.get("SDX_TEST_RAISE", ":").partition(":")
     if rank and (process_index(), host.step) == (int(rank), int(step)):
         raise ArithmeticError(f"a fault planted in rank {rank}")
     return _place_batch(self, host)
+
+
+def _linger(step: int) -> None:
+    if step > 3:
+        time.sleep(float(os.environ.get("SDX_TEST_SLOW", 0)))
+    go = Path(os.environ.get("SDX_JOB", "")).with_name("go")
+    while str(step) == os.environ.get("SDX_TEST_HOLD") and not go.exists():
+        time.sleep(0.1)
 
 
 def _keep(key: str, seconds: float, name: str, backend: Any, program: Any, callbacks: Any) -> None:

@@ -15,7 +15,9 @@ from tests.launchers.slurm_cluster import Cluster
 from tests.launchers.source_tree import SourceTree
 from tests.processes import Processes
 
-STEPS = 12
+STEPS, SAVED = 12, 4
+HELD = {"SDX_TEST_HOLD": str(2 * SAVED - 1)}
+"""Variables with which a job waits between its first checkpoint and the next one."""
 MODEL = (
     "model.unet.block_out_channels=[8]",
     "model.unet.down_block_types=[CrossAttnDownBlock2D]",
@@ -29,7 +31,7 @@ MODEL = (
     f"train.max_steps={STEPS}",
     "train.ema=false",
     "lr_schedule=constant",
-    "checkpoint.every=4",
+    f"checkpoint.every={SAVED}",
     "metrics.every=1",
     "metrics.sinks=[jsonl]",
     "eval.every=null",
@@ -113,6 +115,15 @@ class Shell:
 
     def wait_for_step(self, run: str, step: int) -> None:
         until(lambda: len(self.rows(run)) >= step, lambda: f"{run}: {self.log(run)}")
+
+    def wait_until_held(self, run: str) -> None:
+        """Until it waits after its first checkpoint, as with HELD; `go` lets it go on."""
+        manifest = self.outputs / run / "checkpoints" / str(SAVED) / "manifest.json"
+        until(manifest.exists, lambda: f"{run}: {self.log(run)}")
+        self.wait_for_step(run, SAVED + 1)
+
+    def go(self, run: str) -> None:
+        (self.outputs / "launches" / run / "go").touch()
 
     def wait_for_end(self, run: str) -> None:
         """Until SLURM has done with its job."""

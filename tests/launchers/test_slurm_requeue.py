@@ -11,6 +11,8 @@ import pytest
 
 from tests.launchers.slurm_cluster import Cluster
 from tests.launchers.slurm_runs import (
+    HELD,
+    SAVED,
     SLURM,
     STEPS,
     TWO_NODES,
@@ -61,13 +63,15 @@ def limited(shell: Shell) -> Iterator[Typed]:
 @pytest.fixture(scope="module")
 def array(shell: Shell) -> Iterator[Typed]:
     detached = (*ARRAY, "hydra.launcher.detach=true")
-    with shell.typed("train", *detached, SDX_TEST_SLOW="1.5") as processes:
-        yield Typed(shell, processes)
+    with shell.typed("train", *detached, **HELD) as processes:
+        typed = Typed(shell, processes)
+        shell.go(run_of(typed, "plain"))
+        yield typed
 
 
 @pytest.fixture(scope="module")
 def lost(shell: Shell) -> Iterator[Typed]:
-    with shell.typed("train", *LOST, SDX_TEST_SLOW="1.5") as processes:
+    with shell.typed("train", *LOST, **HELD) as processes:
         yield Typed(shell, processes)
 
 
@@ -79,7 +83,7 @@ def faulty(shell: Shell) -> Iterator[Typed]:
 
 @pytest.fixture(scope="module")
 def stopped(shell: Shell) -> Iterator[Typed]:
-    with shell.typed("train", *STOPPED, SDX_TEST_SLOW="1.5") as processes:
+    with shell.typed("train", *STOPPED, **HELD) as processes:
         yield Typed(shell, processes)
 
 
@@ -115,12 +119,13 @@ def test_a_detached_sweep_returns_with_the_ids_of_its_jobs(array: Typed) -> None
 
 def test_jobs_told_to_stop_in_mid_step_go_on_bit_equal(array: Typed, slurm: Cluster) -> None:
     told, shell = run_of(array, "told"), array.shell
-    shell.wait_for_step(told, 5)
+    shell.wait_until_held(told)
     slurm.run("scancel", "--signal=USR2", shell.id(told))
+    shell.go(told)
     shell.wait_for_end(told)
     assert_as_if_nothing_had_happened(shell, told)
     first, second = shell.attempts(told)
-    assert first["outcome"] == "interrupted" and 5 <= first["last_step"] < STEPS
+    assert first["outcome"] == "interrupted" and SAVED < first["last_step"] < STEPS
     assert second["first_step"] == first["last_step"], "nothing is trained twice"
     assert slurm.ledger(shell.id(told))[-1] == ("COMPLETED", "0:0")
     assert len(slurm.ledger(shell.id(told))) == 2, "started twice"
@@ -128,13 +133,13 @@ def test_jobs_told_to_stop_in_mid_step_go_on_bit_equal(array: Typed, slurm: Clus
 
 def test_a_killed_process_takes_its_job_back_into_the_queue(array: Typed, slurm: Cluster) -> None:
     killed, shell = run_of(array, "killed"), array.shell
-    shell.wait_for_step(killed, 5)
+    shell.wait_until_held(killed)
     os.kill(tasks_of(shell.id(killed))[1], signal.SIGKILL)
     shell.wait_for_end(killed)
     assert_as_if_nothing_had_happened(shell, killed)
     first, second = shell.attempts(killed)
     assert first["outcome"] == "interrupted", "rank 0 was ended with it"
-    assert second["first_step"] in (4, 8), "its last checkpoint"
+    assert second["first_step"] == SAVED, "its last checkpoint"
     log = shell.log(killed)
     assert "task 1: Killed" in log and "requeued, 1 of at most 2 retries" in log
     assert len(slurm.ledger(shell.id(killed))) == 2
@@ -145,7 +150,7 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(
 ) -> None:
     run, shell = run_of(lost, "lost"), lost.shell
     id = shell.id(run)
-    shell.wait_for_step(run, 5)
+    shell.wait_until_held(run)
     words = slurm.run("scontrol", "show", "job", "--oneliner", id).split()
     nodes = next(word.partition("=")[2] for word in words if word.startswith("NodeList="))
     second = slurm.run("scontrol", "show", "hostnames", nodes).split()[1]
@@ -155,7 +160,7 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(
     code, output = lost.ended()
     assert code == 0, output
     assert_as_if_nothing_had_happened(shell, run)
-    assert shell.attempts(run)[-1]["first_step"] in (4, 8), "its last checkpoint"
+    assert shell.attempts(run)[-1]["first_step"] == SAVED, "its last checkpoint"
     assert slurm.ledger(id)[-1] == ("COMPLETED", "0:0")
 
 
@@ -178,9 +183,10 @@ def test_a_fault_of_one_rank_fails_the_job_and_is_named(faulty: Typed, slurm: Cl
 def test_an_interrupted_job_is_never_done_and_the_same_command_goes_on(stopped: Typed) -> None:
     """It may not requeue itself, so it ends where it was told to stop."""
     run, shell = run_of(stopped, "stopped"), stopped.shell
-    shell.wait_for_step(run, 5)
+    shell.wait_until_held(run)
     before = shell.id(run)
     shell.cluster.run("scancel", "--signal=USR2", before)
+    shell.go(run)
     code, output = stopped.ended()
     assert code == 75, output
     assert shell.status(run) == "interrupted"

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from tests.launchers.slurm_cluster import Cluster
-from tests.launchers.slurm_runs import FOUR_PROCESSES, SLURM, STEPS, Shell, Typed, begin_all, until
+from tests.launchers.slurm_runs import (
+    FOUR_PROCESSES,
+    HELD,
+    SLURM,
+    STEPS,
+    Shell,
+    Typed,
+    begin_all,
+    until,
+)
 from tests.launchers.source_tree import SourceTree, copy_source
 
 CANARY = "canary-7d1f0c52b9"
@@ -36,9 +45,9 @@ def later(slurm: Cluster, folder: Path) -> Iterator[Typed]:
 
 @pytest.fixture(scope="module")
 def in_turn(slurm: Cluster, source_tree: SourceTree, folder: Path) -> Iterator[Typed]:
-    """One job and then another, of which the first takes minutes."""
+    """One job and then another, of which the first waits in its midst."""
     shell = Shell(source_tree, slurm, folder / "in_turn")
-    with shell.typed("train", *IN_TURN, SDX_TEST_SLOW="30") as processes:
+    with shell.typed("train", *IN_TURN, **HELD) as processes:
         yield Typed(shell, processes)
 
 
@@ -90,12 +99,13 @@ def queued(cluster: Cluster) -> set[str]:
 def test_pending_and_running_jobs_are_cancelled_and_stay_so(in_turn: Typed, slurm: Cluster) -> None:
     shell = in_turn.shell
     first, second = in_turn.run_of(lr("1e-5")), in_turn.run_of(lr("5e-6"))
-    shell.wait_for_step(first, 3)
+    shell.wait_until_held(first)
     queue = slurm.queue()
     assert (queue[shell.id(first)], queue[shell.id(second)]) == ("RUNNING", "PENDING")
     [sweep] = shell.outputs.glob("sweeps/*")
     code, output = shell.run("runs", str(sweep), "--cancel")
     assert code == 0, output
+    shell.go(first)
     code, output = in_turn.ended()
     assert code not in (0, 2), output
     for run in (first, second):
