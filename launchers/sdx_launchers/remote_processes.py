@@ -17,7 +17,6 @@ from sdx_launchers.ssh import Host, last_lines
 EXIT_INTERRUPTED = 75
 _CONNECTION_FAILED = (1, 255)  # of gcloud, of ssh
 _LOOK_EVERY_S = 0.2
-_SIGN_OF_LIFE_EVERY_S = 5.0
 _LEAVE_ALONE_S = 5.0  # processes of a run notice one another's failure, and say so in its record
 _SAVE_S = 30.0  # from SIGTERM to SIGKILL, where one worker failed
 _LET_GO_S = 30.0  # from SIGKILL there to the end of the connection
@@ -87,8 +86,9 @@ class RemoteProcess:
 class RemoteProcesses:
     """All of them. A thread watches: when one fails, the others are stopped."""
 
-    def __init__(self, processes: Sequence[RemoteProcess], *, speaks: bool):
+    def __init__(self, processes: Sequence[RemoteProcess], *, speaks: bool, sign_every_s: float):
         self._processes = processes
+        self._sign_every_s = sign_every_s
         self._end: RemoteEnd | None = None
         self._failed: RemoteProcess | None = None
         self._is_stopped = False
@@ -116,21 +116,29 @@ class RemoteProcesses:
         self._watcher.join()
 
     def _watch(self) -> None:
-        alive_at = 0.0
+        try:
+            self._look_after()
+            self._end = self._outcome()
+        except OSError as error:  # a full disk, a folder that was removed
+            for process in self._processes:
+                process.client.kill()
+            self._end = RemoteEnd(None, f"the logs of the workers: {error}")
+
+    def _look_after(self) -> None:
+        signed_at = 0.0
         while any(not process.has_ended for process in self._processes):
             time.sleep(_LOOK_EVERY_S)
             for process in self._processes:
                 if process.look() and process.code != 0:
                     self._note(process)
-            if time.monotonic() - alive_at > _SIGN_OF_LIFE_EVERY_S:
-                alive_at = time.monotonic()
+            if time.monotonic() - signed_at > self._sign_every_s:
+                signed_at = time.monotonic()
                 self._tell("")
             self._take_steps()
             if self._echo is not None:
                 self._echo.show()
         if self._echo is not None:
             self._echo.close()
-        self._end = self._outcome()
 
     def _note(self, process: RemoteProcess) -> None:
         """The first that did not finish makes the others end; a failure does so sooner."""
@@ -187,8 +195,9 @@ class _Echo:
     def show(self) -> None:
         text = self._log.read().decode(errors="replace")
         if text:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            with suppress(OSError):  # a terminal that was closed
+                sys.stdout.write(text)
+                sys.stdout.flush()
 
     def close(self) -> None:
         self.show()

@@ -60,8 +60,8 @@ class Worker:
 class Workers:
     """All workers of one job, in the order of its processes.
 
-    `folder` is the launching side's record of this TPU: which keys its workers showed, and what
-    was said while they were made ready (`prepare-<n>.log`).
+    `folder` is the launching side's record of this TPU: which keys its workers showed, what was
+    said while they were made ready (`prepare-<n>.log`), and what jobs said (`worker-<n>.log`).
     """
 
     def __init__(self, hosts: Sequence[Host], settings: TpuSettings, folder: Path):
@@ -106,9 +106,9 @@ class Workers:
     ) -> RemoteProcesses:
         """The job `name` on all workers; `argv_of` is asked with a worker and its number.
 
-        `files` of `folder` are copied to `Worker.job_folder(name)`. What the processes say comes to
-        `folder/worker-<n>.log`, and of worker 0 to the terminal where it `speaks`. They are stopped
-        when nobody here gives a sign of life for `lease_s`.
+        `files` of `folder` are copied to `Worker.job_folder(name)`. What worker 0 says comes to the
+        terminal as well where it `speaks`. All are stopped when nobody here gives a sign of life
+        for `lease_s`.
         """
         assert self._ready and "/" not in name and name not in ("", ".", ".."), name
         texts = {file: (folder / file).read_text(encoding="utf-8") for file in files}
@@ -126,12 +126,12 @@ class Workers:
                     "grace_s": PATIENCE_S,
                     "token": f"sdx-ended-{secrets.token_hex(8)}",
                 }
-                processes.append(self._start(worker, number, order, folder))
+                processes.append(self._start(worker, number, order))
         except LaunchError:
             for process in processes:
                 process.client.kill()
             raise
-        return RemoteProcesses(processes, speaks=speaks)
+        return RemoteProcesses(processes, speaks=speaks, sign_every_s=lease_s / 10)
 
     def close(self) -> None:
         """Ends what `prepare` is doing, from another thread; it raises ConnectionLost."""
@@ -143,10 +143,9 @@ class Workers:
         names = self._settings.environment
         return {name: os.environ[name] for name in names} | {"PYTHONUNBUFFERED": "1"}
 
-    def _start(
-        self, worker: Worker, number: int, order: dict[str, object], folder: Path
-    ) -> RemoteProcess:
-        log, said_by_ssh = folder / f"worker-{number}.log", folder / f"worker-{number}.ssh"
+    def _start(self, worker: Worker, number: int, order: dict[str, object]) -> RemoteProcess:
+        log = self._folder / f"worker-{number}.log"
+        said_by_ssh = log.with_suffix(".ssh")
         command = shlex.join([worker.python, "-I", "-c", _LOADER])
         source = resources.files("sdx_launchers").joinpath("supervise.py").read_bytes()
         with open(log, "ab") as output, open(said_by_ssh, "wb") as errors:

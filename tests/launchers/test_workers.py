@@ -69,6 +69,7 @@ def ready(
 
 
 def job_folder(folder: Path) -> Path:
+    """The launching side's record of a job."""
     made = folder / "launch"
     made.mkdir()
     (made / "config.yaml").write_text("a: 1\n")
@@ -100,7 +101,8 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 def said(folder: Path, number: int) -> str:
-    log = folder / f"worker-{number}.log"
+    """In the log of that worker, by the record of the job."""
+    log = folder.parent / "tpu" / f"worker-{number}.log"
     return log.read_text() if log.exists() else ""
 
 
