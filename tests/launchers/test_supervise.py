@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -79,8 +80,11 @@ class Supervised:
     def end(self) -> tuple[int, str, int]:
         """Its exit code, what else the job said, and how the job ended."""
         assert self.process.stdout is not None and self.process.stderr is not None
+        too_long = threading.Timer(300, self.process.kill)
+        too_long.start()
         output, errors = self.process.stdout.read(), self.process.stderr.read()
-        self.process.wait(300)
+        self.process.wait()
+        too_long.cancel()
         [last] = [line for line in errors.decode().splitlines() if line.startswith(TOKEN)]
         return self.process.returncode, output.decode(), int(last.split()[1])
 
@@ -116,6 +120,22 @@ def test_asked_to_stop_it_saves(tmp_path: Path) -> None:
         assert supervised.line() == "ready"
         supervised.say("stop")
         assert supervised.end() == (75, "saving\nsaved\n", 75)
+
+
+def test_what_works_for_the_job_lives_while_it_saves(tmp_path: Path) -> None:
+    """Its loader's processes, for instance: the step that it saves after may need them."""
+    source = SAVES.replace(
+        "print('saving', flush=True); time.sleep(0.3);",
+        "time.sleep(0.3); print('alone' if child.poll() else 'saving', flush=True);",
+    ).replace(
+        "print('ready'",
+        "import subprocess; child = subprocess.Popen([sys.executable, '-c', 'input()'],"
+        " stdin=subprocess.PIPE)\nprint('ready'",
+    )
+    with Supervised(tmp_path, source) as supervised:
+        assert supervised.line() == "ready"
+        supervised.say("stop")
+        assert supervised.end()[1].startswith("saving\nsaved\n")
 
 
 def test_it_saves_and_ends_when_nobody_is_at_the_other_end(tmp_path: Path) -> None:

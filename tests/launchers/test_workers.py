@@ -349,6 +349,7 @@ def test_a_command_instead_of_ssh_and_a_token_that_is_written_nowhere(
     """Code, order, output and exit codes all go through one command like gcloud's."""
     canary = "hf_" + "canary" * 6
     monkeypatch.setenv("SDX_TEST_TOKEN", canary)
+    monkeypatch.setenv("SDX_TEST_UNNAMED", "1")
     given = ssh_settings(machines)
     gcloud = tmp_path / "gcloud"
     gcloud.write_text(
@@ -363,11 +364,12 @@ def test_a_command_instead_of_ssh_and_a_token_that_is_written_nowhere(
     )
     folder = job_folder(tmp_path)
     source = (
-        "import os, sys, time; print(len(os.environ['SDX_TEST_TOKEN']), flush=True);"
+        "import os, sys, time;"
+        "print(len(os.environ['SDX_TEST_TOKEN']), 'SDX_TEST_UNNAMED' in os.environ, flush=True);"
         "time.sleep(0.5); sys.exit(7)"
     )
     processes = prepared.start("job", python(source), folder)
-    wait_until(lambda: said(folder, 0) == "39\n")
+    wait_until(lambda: said(folder, 0) == "39 False\n")
     argvs = [
         path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if is_readable(path)
     ]
