@@ -79,7 +79,7 @@ def _standing(job: Job, run: RunStatus | None, attach: Attach) -> Standing:
         return Standing(job, Status.running if is_running else Status.queued, step, None, handle)
     if run is None:
         outcome = read_outcome(job.folder) if job.command == "train" else None
-        if outcome is None or outcome.status is Status.interrupted:
+        if outcome is None or outcome.status not in _REPEATED:  # its run was removed since
             return Standing(job, None)
         return Standing(job, outcome.status, 0, outcome.reason)
     standing = Standing(job, run.status, run.step, reason, before=run)

@@ -43,11 +43,13 @@ class Trial:
     def note_run(self, name: str) -> None:
         self._trial.set_user_attr(_RUN, name)
 
-    def report(self, step: int, value: float | None) -> None:
-        """The objective after `step`, None where it was not finite; again is no harm."""
-        if step not in self._told:
-            self._told.add(step)
-            self._trial.report(self._study.worst if value is None else value, step)
+    def report(self, step: int, value: float | None) -> bool:
+        """Tells the objective after `step`, None where it was not finite; whether that is news."""
+        if step in self._told:
+            return False
+        self._told.add(step)
+        self._trial.report(self._study.worst if value is None else value, step)
+        return True
 
     def should_prune(self) -> bool:
         """Whether it does worse than the others did, by what was reported last."""
@@ -133,21 +135,17 @@ class Study:
         return best.number, best.value, best.params
 
     def counts(self) -> dict[str, int]:
-        """How many trials are in which state, by Optuna's names in small letters."""
-        states = [trial.state.name.lower() for trial in self._trials()]
+        """How many trials are in which state, by Optuna's names in small letters; of one that was
+        tried again the last state counts."""
+        retried = self._retried()
+        trials = [trial for trial in self._trials() if trial.number not in retried]
+        states = [trial.state.name.lower() for trial in trials]
         return {state: states.count(state) for state in dict.fromkeys(states)}
 
-    def runs(self) -> dict[str, dict[str, Any]]:
-        """By name of the run: number, state and values of the trial that asked for it last."""
-        return {
-            trial.user_attrs[_RUN]: {
-                "trial": trial.number,
-                "state": trial.state.name.lower(),
-                "params": trial.params,
-            }
-            for trial in self._trials()
-            if _RUN in trial.user_attrs
-        }
+    def runs(self) -> dict[str, Mapping[str, Value]]:
+        """What the trials chose, by name of the run."""
+        named = [trial for trial in self._trials() if _RUN in trial.user_attrs]
+        return {trial.user_attrs[_RUN]: trial.params for trial in named}
 
     def frozen(self, number: int) -> "optuna.trial.FrozenTrial":
         return self._trials()[number]
