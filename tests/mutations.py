@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-COPIED = ("sdx", "conf", "tests", "pyproject.toml")
+COPIED = ("sdx", "conf", "launchers", "tests", "pyproject.toml")
 FLAGS = "tests/parallel/test_xla_flags.py"
 ATTENTION_MESH = "tests/models/test_attention_mesh.py"
 FORWARD = "tests/parity/test_forward.py"
@@ -419,6 +419,34 @@ MUTATIONS = (
         ("tests/parallel/test_rehearsal.py::test_hosts_die_with_the_command",),
     ),
     Mutation(
+        "the first process proves its own part of a checkpoint in a store alone",
+        "sdx/training/process_parts.py",
+        "proofs = take_marks(event) if is_first() else []",
+        "proofs = [files]",
+        (f"{CHECKPOINTS}::test_hosts_without_a_common_disk_write_to_a_store",),
+    ),
+    Mutation(
+        "the index that a process makes of its own part goes to the store",
+        "sdx/training/process_parts.py",
+        "    _keep_own_part(draft)\n    files",
+        "    files",
+        (f"{CHECKPOINTS}::test_hosts_without_a_common_disk_write_to_a_store",),
+    ),
+    Mutation(
+        "what only one process finds wrong, the others do not hear of",
+        "sdx/parallel/agreement.py",
+        "    for told in gather(fault):",
+        "    for told in [fault]:",
+        (f"{CHECKPOINTS}::test_written_by_four_restored_by_two_and_one_and_back",),
+    ),
+    Mutation(
+        "a reader takes parts of metrics that were cut back while it read",
+        "sdx/record/parts.py",
+        "if texts is not None and _goes_on(before, now):",
+        "if texts is not None:",
+        ("tests/record/test_parts.py::test_who_reads_while_parts_are_cut_sees_one_story",),
+    ),
+    Mutation(
         "every process removes the draft of a checkpoint, whether it is published or not",
         "sdx/training/checkpoint.py",
         "            if is_first() or not self._place.is_shared:  # else the first one could not publish",
@@ -543,6 +571,46 @@ MUTATIONS = (
         "    return _product_value(x, kernel, precision), (x, kernel)",
         "    return _product(x, kernel, precision), (x, kernel)",
         ("tests/models/test_unet.py::test_what_is_recomputed",),
+    ),
+    Mutation(
+        "a SLURM job that is told to stop does not go back into the queue",
+        "launchers/sdx_launchers/slurm_after.py",
+        "or _requeue()",
+        'or "not requeued"',
+        (
+            "tests/launchers/test_slurm_requeue.py::"
+            "test_jobs_told_to_stop_in_mid_step_go_on_bit_equal",
+        ),
+    ),
+    Mutation(
+        "processes of a SLURM job outlive a dead one",
+        "launchers/sdx_launchers/slurm_script.py",
+        '"--kill-on-bad-exit=1"',
+        '"--kill-on-bad-exit=0"',
+        (
+            "tests/launchers/test_slurm_requeue.py::"
+            "test_a_killed_process_takes_its_job_back_into_the_queue",
+        ),
+    ),
+    Mutation(
+        "jobs of a SLURM sweep are no array",
+        "launchers/sdx_launchers/slurm_script.py",
+        "executor.map_array(os.execvp, [argv[0] for argv in commands], commands)",
+        "[executor.submit(os.execvp, argv[0], argv) for argv in commands]",
+        (
+            "tests/launchers/test_slurm_requeue.py::"
+            "test_a_detached_sweep_returns_with_the_ids_of_its_jobs",
+        ),
+    ),
+    Mutation(
+        "jobs of SLURM run the code of the moment they start",
+        "launchers/sdx_launchers/slurm.py",
+        "max_parallel, snapshot.python_path)",
+        "max_parallel, [Path(__file__).parents[2], Path(__file__).parents[1]])",
+        (
+            "tests/launchers/test_slurm_sweeps.py::"
+            "test_jobs_run_the_code_of_the_moment_they_were_handed_in",
+        ),
     ),
 )
 
