@@ -449,8 +449,8 @@ MUTATIONS = (
     Mutation(
         "every process removes the draft of a checkpoint, whether it is published or not",
         "sdx/training/checkpoint.py",
-        "            if is_first() or not self._place.is_shared:  # else the first one could not publish",
-        "            if True:",
+        "if is_first() or not self._place.is_shared:  # else the first one could not publish",
+        "if True:",
         (f"{CHECKPOINTS}::test_written_by_four_restored_by_two_and_one_and_back",),
     ),
     Mutation(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 MICRO = [
     "model.unet.block_out_channels=[16,32]",
     "model.unet.down_block_types=[CrossAttnDownBlock2D,DownBlock2D]",
@@ -34,12 +35,23 @@ class Command:
     environment: dict[str, str] = field(default_factory=dict)
     """Variables on top of this process's."""
 
-    def start(self, *overrides: str, command: str = "train") -> subprocess.Popen[str]:
-        """The running process; its output is one text."""
+    def start(
+        self,
+        *overrides: str,
+        command: str = "train",
+        slow_after: int | None = None,
+        step_s: float = 1.0,
+    ) -> subprocess.Popen[str]:
+        """The running process; its output is one text. Steps of training `slow_after` that one take
+        `step_s` each."""
         arguments = [*MICRO, *overrides] if command == "train" else list(overrides)
         inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        program = [f"sdx.{command}"]
+        if slow_after is not None:
+            program = ["tests.experiment.slowed", str(slow_after), str(step_s)]
+            inherited["PYTHONPATH"] = str(REPOSITORY)
         return subprocess.Popen(
-            [sys.executable, "-m", f"sdx.{command}", *arguments],
+            [sys.executable, "-m", *program, *arguments],
             cwd=self.folder,
             env=inherited | self.environment,
             stdout=subprocess.PIPE,

@@ -42,8 +42,8 @@ def rows(paths: RunPaths) -> list[dict[str, Any]]:
 
 def start(command: Command, *, after: int = 0, paths: RunPaths) -> subprocess.Popen[str]:
     """The run, once a row past the step `after` is in the store."""
-    process = command.start(*RUN, f"run.output_dir={paths.root.parent}")
-    deadline = time.monotonic() + 300
+    process = command.start(*RUN, f"run.output_dir={paths.root.parent}", slow_after=after + 2)
+    deadline = time.monotonic() + 600
     while (rows(paths) or [{"step": 0}])[-1]["step"] <= after:
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sdx.config.schema import DistributedConfig, HardwareConfig, Platform
-from sdx.parallel.agreement import from_first, gather
+from sdx.parallel.agreement import from_each, from_first, gather
 from sdx.parallel.distributed import start_processes
 from sdx.parallel.mesh import AXES, claim_devices
 from sdx.record.store import as_path
@@ -126,14 +126,16 @@ def main() -> None:
 
 
 def agreed(number: int) -> list[Any]:
-    """What the first process decides, what each one has, and an error of the first."""
-    text = ""
-    try:
-        from_first(lambda: int("none"), (KeyError, ValueError))
-    except ValueError as error:
-        text = str(error)
+    """What the first process decides, what each one has, and errors of the first, then of the
+    second."""
+    heard = []
+    for decide, given in ((from_first, "none"), (from_each, "none" if number == 1 else "5")):
+        try:
+            decide(lambda given=given: int(given), (KeyError, ValueError))
+        except ValueError as error:
+            heard.append(str(error).endswith("with base 10: 'none'"))
     decided = [from_first(lambda: {"from": number}) for _ in range(600)]
-    return [decided[-1], gather(number), gather(text.startswith("invalid literal"))]
+    return [decided[-1], gather(number + from_each(lambda: 1)), gather(heard)]
 
 
 if __name__ == "__main__":

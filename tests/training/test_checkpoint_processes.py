@@ -40,7 +40,7 @@ def test_written_by_four_restored_by_two_and_one_and_back(tmp_path: Path) -> Non
     folder = tmp_path / "checkpoints"
     for number, done in enumerate(act(4, "save=1,save=2,save=3", folder, 2, 2)):
         assert [done[f"save={step}"] for step in (1, 2, 3)] == [[1], [1, 2], [2, 3]]
-        assert done["agreed"] == [{"from": 0}, [0, 1, 2, 3], [True] * 4], number
+        assert done["agreed"] == [{"from": 0}, [1, 2, 3, 4], [[True, True]] * 4], number
     assert sorted(path.name for path in folder.iterdir()) == ["2", "3"], "no draft is left"
     proven = json.loads((folder / "3" / "manifest.json").read_text())["files"]
     files = {
