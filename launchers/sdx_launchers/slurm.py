@@ -264,9 +264,10 @@ class SlurmHandle:
         if status is Status.cancelled and self._stopped_at is not None:
             return Ended(Status.interrupted, "stopped by its sweep")
         noted = self._noted()
-        if status is not Status.failed or noted is None:
-            return Ended(status, f"SLURM says {state.state}, see {self.launch['logs'][0]}")
-        return Ended(_BY_CODE.get(noted["code"], Status.failed), noted["reason"])
+        if status is Status.failed and noted is not None:
+            return Ended(_BY_CODE.get(noted["code"], Status.failed), noted["reason"])
+        log = Path(self.launch["logs"][0])
+        return Ended(status, f"SLURM says {state.state}" + (f", see {log}" if log.exists() else ""))
 
     def _told_by_files(self) -> Ended | None:
         """Of a job that SLURM has forgotten, or has not heard of yet."""

@@ -20,8 +20,10 @@ PYTHON = "/opt/python/bin/python3.11"
 
 
 @cache
-def slurm_config(hardware: str = "cpu", *overrides: str) -> Config:
-    return compose([f"hardware={hardware}", *overrides])
+def slurm_config(preset: str = "cpu", **hardware: Any) -> Config:
+    """The tiny model on that hardware, with other counts where they are given."""
+    config = compose([f"hardware={preset}"])
+    return replace(config, hardware=replace(config.hardware, **hardware))
 
 
 def make_settings(**more: Any) -> SlurmSettings:

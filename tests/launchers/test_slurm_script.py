@@ -44,7 +44,7 @@ def single() -> str:
 
 def two_nodes_of_eight() -> str:
     settings = make_settings(partition="gpu", account="ann@lab", cpus_per_task=12, mem_gib=200.0)
-    config = slurm_config("gpu_h100_8", "hardware.num_devices=16", "hardware.num_hosts=2")
+    config = slurm_config("gpu_h100_8", num_devices=16, num_hosts=2)
     return render(make_submission([make_job(config=config)], settings), settings)
 
 
@@ -135,7 +135,8 @@ class Scheduler:
             f'[ "$1" != show ] || echo "JobId=7 JobState={self.state} Reason=None"\n'
             '[ "$1" != requeue ] || { kill -KILL -$(ps -o pgid= $$ | tr -d " "); }'
         )
-        srun = f'echo "srun $*" >> {calls}\nprintf %s {shlex.quote(self.says)} >&2\n{self.does}\nexit {code}'
+        said = f"printf %s {shlex.quote(self.says)} >&2"
+        srun = f'echo "srun $*" >> {calls}\n{said}\n{self.does}\nexit {code}'
         path = put_on_path(self.folder / "bin", scontrol=scontrol, srun=srun)
         environment = os.environ | {
             "PATH": path, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]",
