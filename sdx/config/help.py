@@ -3,9 +3,10 @@
 import textwrap
 from pathlib import Path
 
-from sdx.config.command_keys import keys_of
+from sdx.config.command_keys import COMMAND_KEYS, keys_of
 from sdx.config.folders import default_options, group_options, option_folders
-from sdx.config.leaves import Leaf, leaves, spelled
+from sdx.config.launching import OPTIONS
+from sdx.config.leaves import Leaf, leaves, leaves_of, spelled
 
 _COMMANDS = {
     "train": "train, or continue where a run of the same configuration stopped",
@@ -14,6 +15,7 @@ _COMMANDS = {
     "sample": "draw pictures from a run or a model folder",
     "export": "write a run's model as a folder that diffusers loads",
     "evaluate": "validation loss, FID and CLIP score of a run or a model folder",
+    "runs": "what runs and sweeps did: tables, comparison, logs, ending them",
 }
 _GROUPS = {
     "model": "what is trained",
@@ -26,7 +28,8 @@ _GROUPS = {
     "hardware": "where it runs; sets mesh, attention and xla",
     "xla": "compiler flags",
     "sampler": "how pictures are drawn",
-    "run_on": "where jobs are started",
+    "run_on": "where jobs run; sets hardware and, unless local, --multirun",
+    "sweep": "keys and the values that jobs take; sets --multirun",
     "experiment": "a recipe: several groups and keys at once",
     "debug": "a preset for looking closer",
 }
@@ -42,6 +45,11 @@ _CHANGED_MOST = (
     "run.seed",
     "run.output_dir",
 )
+_SWEEP_KEYS = {
+    "sweeper": ("dry_run", "max_parallel", "retry_failed", "objective", "zip"),
+    "launcher": ("partition", "timeout_min", "zone", "provisioning"),
+}
+"""Keys of sweeps and launchers that people change most."""
 _PAGE = """\
 python -m sdx.{command} [GROUP=OPTION ...] [KEY=VALUE ...] [SWITCH ...]
 
@@ -55,16 +63,16 @@ Groups: choose one option of each (* is the default)
 
 Keys people change most (all of them: docs/config.md)
 {keys}
-{own}
+{own}{sweeps}
 Switches
   --cfg job         show the composed configuration and stop; --resolve, --package NAME
-  --multirun, -m    one job for every combination: optimizer.lr=1e-5,5e-6 run.seed=0,1
+  --multirun, -m    a sweep: optimizer.lr=1e-5,5e-6 run.seed=0,1
   --from RUN        the configuration saved in a run folder, with KEY=VALUE on top
   --config-dir DIR  more options for the groups; ./conf is searched as well
   --info WHAT       how Hydra composed it: defaults, searchpath, plugins, config
   --help, -h        this page; --hydra-help for Hydra's own
 
-Precedence: command line > debug > experiment > hardware > the other groups > defaults.
+Precedence: command line > debug > experiment > run_on > hardware > the other groups > defaults.
 
 Outputs go to outputs/<model>-<data>-<hash>/ (run.output_dir, run.name): checkpoints/, export/,
 samples/, metrics.jsonl, tensorboard/, config.yaml, run.json. The same command goes on there.
@@ -73,7 +81,8 @@ Examples
   python -m sdx.train
   python -m sdx.train data=imagefolder data.dir=photos model=sd21_base hardware=gpu_24gb_1
   python -m sdx.plan experiment=finetune_sd21 data.dir=photos hardware=tpu_v4_32 compile=true
-  python -m sdx.train experiment=finetune_sd21 data.dir=photos hardware=gpu_a100_8"""
+  python -m sdx.train experiment=finetune_sd21 data.dir=photos hardware=gpu_a100_8
+  python -m sdx.train run_on=slurm_a100 experiment=finetune_sd21 data.dir=photos sweep=lr"""
 
 
 def page(command: str, config_dir: Path | None = None) -> str:
@@ -84,7 +93,19 @@ def page(command: str, config_dir: Path | None = None) -> str:
         groups="\n".join(_groups(config_dir)),
         keys=_table({key: _key_text(leaves()[key]) for key in _CHANGED_MOST}),
         own=_own(command),
+        sweeps="" if command in COMMAND_KEYS else _sweeps(),
     )
+
+
+def _sweeps() -> str:
+    """The keys of sweeps, for commands whose jobs are launched."""
+    found: dict[str, str] = {}
+    for part, names in _SWEEP_KEYS.items():
+        keys = {
+            name: leaf for cls in OPTIONS[part].values() for name, leaf in leaves_of(cls).items()
+        }
+        found |= {f"hydra.{part}.{name}": _key_text(keys[name]) for name in names}
+    return f"\nSweeps: every combination of values is a job, where run_on says\n{_table(found)}\n"
 
 
 def _own(command: str) -> str:

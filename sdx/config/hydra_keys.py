@@ -5,18 +5,22 @@ silence, and ignores all of them without `--multirun`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
 from sdx.config.check import outside
 from sdx.config.errors import Problem, any_of, nearest
-from sdx.config.launching import LAUNCHERS, SWEEPERS, SweeperSettings
+from sdx.config.launching import LAUNCHERS, OPTIONS, SWEEPERS, SweeperSettings
 from sdx.config.leaves import Leaf, leaves_of, spelled
 from sdx.config.overrides import parse, type_fault
 
-_KINDS: Mapping[str, Mapping[str, type]] = {"launcher": LAUNCHERS, "sweeper": SWEEPERS}
+GRID = "sdx"
+"""The sweeper of every combination."""
 _ONE_FOR_ALL = ("run_on", "sweep")
 
 
@@ -57,13 +61,40 @@ def without_effect(overrides: Sequence[str]) -> Iterator[Problem]:
             yield Problem(key, got, "has no effect without --multirun", "add --multirun")
 
 
-def judge_choices(choices: Mapping[str, str]) -> Iterator[Problem]:
-    """Launchers that are not sdx's; any sweeper will do that hands jobs to launchers."""
-    got = choices["launcher"]
-    if got not in LAUNCHERS:
-        near = nearest(got, LAUNCHERS)
-        fix = f"did you mean {near}?" if near else f"use {any_of(LAUNCHERS)}, or run_on=…"
-        yield Problem("hydra/launcher", got, "not a launcher of sdx", fix)
+def known_choices(overrides: Sequence[str]) -> tuple[list[str], list[Problem]]:
+    """Overrides without choices of sweepers and launchers that are not there, which are faults; of
+    launchers only sdx's can run its jobs, of sweepers any that hands jobs to launchers."""
+    kept: list[str] = []
+    problems: list[Problem] = []
+    for text in overrides:
+        group, _, got = text.lstrip("+").partition("=")
+        if not is_choice(text) or got in _options(group):
+            kept.append(text)
+            continue
+        near = nearest(got, _options(group))
+        fix = f"did you mean {near}?" if near else f"use {any_of(_options(group))}"
+        kind = "launcher of sdx" if group == "hydra/launcher" else "sweeper"
+        problems.append(Problem(group, got, f"not a {kind}", fix))
+    return kept, problems
+
+
+def choices_of(hydra: DictConfig) -> dict[str, str]:
+    """The options of sweeper and launcher that were composed."""
+    return {kind: hydra.runtime.choices[f"hydra/{kind}"] for kind in OPTIONS}
+
+
+def judge_launcher(choices: Mapping[str, str]) -> Iterator[Problem]:
+    """A launcher that is not sdx's, chosen in a file."""
+    if choices["launcher"] not in LAUNCHERS:
+        fix = f"use {any_of(LAUNCHERS)}"
+        yield Problem("hydra/launcher", choices["launcher"], "not a launcher of sdx", fix)
+
+
+def _options(group: str) -> list[str]:
+    if group == "hydra/launcher":
+        return [*LAUNCHERS]
+    Plugins.instance()  # they tell Hydra of themselves when they are found
+    return sorted(Path(name).stem for name in ConfigStore.instance().list(group))
 
 
 def judge(texts: Sequence[str], choices: Mapping[str, str]) -> Iterator[Problem]:
@@ -74,7 +105,7 @@ def judge(texts: Sequence[str], choices: Mapping[str, str]) -> Iterator[Problem]
             yield override
             continue
         kind, _, name = override.key_or_group.removeprefix("hydra.").partition(".")
-        cls = _KINDS[kind].get(choices[kind])
+        cls = OPTIONS[kind].get(choices[kind])
         if cls is None:
             continue  # a sweeper of someone else, whose keys Hydra knows
         yield from _judge_key(override, kind, name, choices[kind], leaves_of(cls), cls)
@@ -124,7 +155,7 @@ def _placed(fix: str | None, name: str, path: str) -> str | None:
 
 
 def _unknown(kind: str, name: str, chosen: str, known: Mapping[str, Any]) -> tuple[str, str | None]:
-    owners = [other for other, cls in _KINDS[kind].items() if name in leaves_of(cls)]
+    owners = [other for other, cls in OPTIONS[kind].items() if name in leaves_of(cls)]
     if owners:
         rule = f"a key of hydra/{kind}={any_of(owners)}, here it is {chosen}"
         return rule, "choose another run_on" if kind == "launcher" else None

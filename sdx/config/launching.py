@@ -4,6 +4,7 @@ Declared as the other keys are (schema.py); Hydra composes them beside a run's c
 run is saved with them. What spans several of them is checked where they are used.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -259,3 +260,4 @@ LAUNCHERS: dict[str, type[LauncherSettings]] = {
     "sdx_tpu": TpuSettings,
 }
 """Options of hydra/sweeper and hydra/launcher, with their keys."""
+OPTIONS: dict[str, Mapping[str, type]] = {"sweeper": SWEEPERS, "launcher": LAUNCHERS}

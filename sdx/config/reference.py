@@ -10,13 +10,16 @@ import json
 import typing
 from typing import Any
 
+from hydra.conf import HydraConf
+
 from sdx.config import peers
 from sdx.config.check import bounds_text
 from sdx.config.folders import CHECKOUT, CONF, default_options, group_options
-from sdx.config.leaves import Leaf, groups, leaves, plain, spelled
+from sdx.config.launching import OPTIONS
+from sdx.config.leaves import Leaf, groups, leaves, leaves_of, plain, spelled
 from sdx.config.schema import Config
 
-GLOBAL_GROUPS = ("data", "debug", "experiment", "hardware", "model", "run_on")
+GLOBAL_GROUPS = ("data", "debug", "experiment", "hardware", "model", "run_on", "sweep")
 
 _INTERPOLATION = {"type": "string", "pattern": r"^\$\{.+\}$"}
 _HEAD = """\
@@ -31,9 +34,28 @@ says so, `free` is silent. Keys marked † decide the mathematics of a run: they
 in its folder's name.
 
 Your own options go into `./conf/<group>/NAME.yaml` or `--config-dir FOLDER`. Files of the groups
-model, data, hardware, run_on, experiment and debug begin with `# @package _global_` and spell keys
-from the root; files of the other groups spell the keys of their group.
+model, data, hardware, run_on, sweep, experiment and debug begin with `# @package _global_` and
+spell keys from the root; files of the other groups spell the keys of their group.
 """
+_LAUNCHING_HEAD = """\
+## Sweeps, and where their jobs run
+
+Keys of Hydra's sweeper and launcher, for `train` and `encode` with `--multirun`, or with an option
+of `run_on` or `sweep`, which turn it on. They are one for all jobs, no run is saved with them, and
+they may change from one start of a sweep to the next. What is the same in a section before is not
+told again.
+"""
+_TITLES = {
+    "sweeper": {
+        "sdx": "every combination (hydra/sweeper=sdx)",
+        "sdx_search": "a search (hydra/sweeper=sdx_search)",
+    },
+    "launcher": {
+        "sdx_local": "this machine (run_on=local)",
+        "sdx_slurm": "a SLURM cluster (run_on=slurm)",
+        "sdx_tpu": "TPU VMs (run_on=tpu_v4_32 and others)",
+    },
+}
 _PEERS_HEAD = """\
 ## Coming from MaxDiffusion or diffusers
 
@@ -56,14 +78,28 @@ def config_page() -> str:
     """The reference page."""
     parts = [_HEAD, _options()]
     parts += [_section(path, cls) for path, cls in {"": Config, **groups()}.items()]
+    parts += _launching()
     return "\n".join(part for part in parts if part) + "\n" + _peers()
 
 
 def config_schema() -> dict[str, Any]:
     """JSON Schema of a partial configuration with the whole schema in reach."""
     schema = _object(Config, "")
-    schema["properties"] |= {"defaults": {"type": "array"}, "hydra": {"type": "object"}}
+    schema["properties"] |= {"defaults": {"type": "array"}, "hydra": hydra_schema()}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "sdx", **schema}
+
+
+def hydra_schema() -> dict[str, Any]:
+    """JSON Schema of Hydra's own keys, those of sweepers and launchers in full: which of them are
+    chosen, a file need not say."""
+    properties: dict[str, Any] = {name.name: {} for name in dataclasses.fields(HydraConf)}
+    for part, options in OPTIONS.items():
+        keys = {name: leaf for cls in options.values() for name, leaf in leaves_of(cls).items()}
+        known = {name: _value_schema(leaf) for name, leaf in keys.items()}
+        properties[part] = {"type": "object", "additionalProperties": False, "properties": known}
+    swept = {"enum": [*leaves(), *group_options([CONF])]}
+    properties["sweeper"]["properties"]["params"] |= {"propertyNames": swept}
+    return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
 def group_schema(group: str) -> dict[str, Any]:
@@ -96,10 +132,32 @@ def _section(path: str, cls: type) -> str:
 
 
 def _row(leaf: Leaf) -> str:
-    value = ", ".join(part for part in (leaf.type_name, bounds_text(leaf), leaf.unit) if part)
-    default = "" if leaf.required else f"`{spelled(leaf.default) or chr(39) * 2}`"
     name = f"`{leaf.path}`" + (" †" if leaf.identity else "")
-    return f"| {name} | {value} | {default} | {leaf.on_resume.name} | {leaf.help} |"
+    return f"| {name} | {_told(leaf)} | {leaf.on_resume.name} | {leaf.help} |"
+
+
+def _told(leaf: Leaf) -> str:
+    """What a key may be, and what it is."""
+    value = ", ".join(part for part in (leaf.type_name, bounds_text(leaf), leaf.unit) if part)
+    return f"{value} | " + ("" if leaf.required else f"`{spelled(leaf.default) or chr(39) * 2}`")
+
+
+def _launching() -> list[str]:
+    """The keys of each sweeper and launcher, less those that are the same in one before it."""
+    parts = [_LAUNCHING_HEAD]
+    for part, options in OPTIONS.items():
+        seen: dict[str, str] = {}
+        for option, cls in options.items():
+            rows = {
+                name: f"| `hydra.{part}.{name}` | {_told(leaf)} | {leaf.help} |"
+                for name, leaf in leaves_of(cls).items()
+            }
+            own = [row for name, row in rows.items() if seen.get(name) != row]
+            seen |= {name: row for name, row in rows.items() if name not in seen}
+            title = f"### hydra.{part}: {_TITLES[part][option]}\n"
+            head = ["| Key | Value | Default | Meaning |", "|---|---|---|---|"]
+            parts.append("\n".join([title, *head, *own]) + "\n")
+    return parts
 
 
 def _group_help(path: str) -> str:
@@ -143,6 +201,8 @@ def _type_schema(leaf: Leaf) -> dict[str, Any]:
     item: dict[str, Any] = {"type": names[kind]} if kind in names else {"enum": leaf.choices}
     if leaf.element:
         return {"type": "array", "items": item}
+    if kind is dict:
+        return {"type": "object"}
     bounds = {
         "minimum": leaf.at_least,
         "maximum": leaf.at_most,

@@ -1,6 +1,7 @@
 """Generated files are fresh, and the editors' schemas accept what composes and refuse typos."""
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from omegaconf import OmegaConf
 from referencing import Registry, Resource
 
 from sdx.config.folders import CONF
-from sdx.config.leaves import leaves
+from sdx.config.launching import OPTIONS
+from sdx.config.leaves import leaves, leaves_of
 from sdx.config.reference import GLOBAL_GROUPS, config_page, config_schema, group_schema, rendered
 
 pytestmark = pytest.mark.fast
@@ -46,6 +48,20 @@ def test_the_page_has_every_key_once() -> None:
     page = config_page()
     assert [path for path in leaves() if page.count(f"\n| `{path}`") != 1] == []
     assert "| `optimizer.lr` † | a number, above 0 |  | warn | Peak learning rate. |" in page
+
+
+def test_the_page_has_the_keys_of_every_sweeper_and_launcher() -> None:
+    """In the section of the option, or where another before it has the same."""
+    sections = dict(re.findall(r"^### (hydra\..*?)\n(.*?)(?=^#)", config_page(), re.M | re.S))
+    assert len(sections) == sum(map(len, OPTIONS.values()))
+    titles = iter(sections)
+    for part, options in OPTIONS.items():
+        told = ""
+        for cls in options.values():
+            told += sections[next(titles)]
+            for name, leaf in leaves_of(cls).items():
+                row = rf"\| `hydra\.{part}\.{name}` \| .*\| {re.escape(leaf.help)} \|"
+                assert re.search(row, told), name
 
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
@@ -83,6 +99,12 @@ def test_the_base_file_validates() -> None:
         ({"metrics": {"sinks": ["paper"]}}, False),
         ({"data": {"interpolation": "cubic"}}, False),
         ({"hydra": {"verbose": True}}, True),
+        ({"hydra": {"verbos": True}}, False),
+        ({"hydra": {"launcher": {"nodes": 2, "zone": "us-central2-b"}}}, True),
+        ({"hydra": {"launcher": {"nodes": 0}}}, False),
+        ({"hydra": {"sweeper": {"max_paralel": 2}}}, False),
+        ({"hydra": {"sweeper": {"params": {"optimizer.lr": "1e-5,5e-6", "model": "sd21"}}}}, True),
+        ({"hydra": {"sweeper": {"params": {"optimiser.lr": "1e-5,5e-6"}}}}, False),
     ],
 )
 def test_values_are_checked(content: dict[str, Any], valid: bool) -> None:
