@@ -19,10 +19,9 @@ from typing import IO, Any
 from sdx.config.errors import Problem
 from sdx.config.launching import LocalSettings
 from sdx.record.launched import PATIENCE_S, PIPE
-from sdx.record.lock import is_held
 from sdx.record.owner import Owner, lives_here, owner_of
 from sdx.record.snapshot import Snapshot, SnapshotError, take_snapshot
-from sdx.record.status import Status, read_status
+from sdx.record.status import Status
 from sdx_launchers.jobs import Ended, Job, LaunchError
 from sdx_launchers.launch_record import SNAPSHOTS, job_command, write_launch
 from sdx_launchers.shares import Share, share_out, this_machine
@@ -80,9 +79,9 @@ class LocalLauncher:
         return started
 
     def attach(self, job: Job, launch: Mapping[str, Any]) -> "_Attached | None":
-        """A job that another sweep, dead or alive, or a person started here or elsewhere."""
-        process = launch.get("process")
-        attached = _Attached(job, None if process is None else Owner(**process))
+        """The process of another sweep; none where it has ended, or is on another machine: there
+        the run's own record tells."""
+        attached = _Attached(job, Owner(**launch["process"]))
         return attached if attached.is_alive() else None
 
     def __enter__(self) -> "LocalLauncher":
@@ -205,33 +204,25 @@ class _Child:
 
 
 class _Attached:
-    """A job that another process started: its own, where that is known, and its lock tell."""
+    """A job of another sweep on this machine, which lives, or was killed and has the job save."""
 
-    def __init__(self, job: Job, process: Owner | None):
+    def __init__(self, job: Job, process: Owner):
         self.job = job
+        self.id = str(process.pid)
         self._process = process
-        self.id = "elsewhere" if process is None else str(process.pid)
-        self._times_stopped = 0
+        self._is_left = False
 
     def is_alive(self) -> bool:
-        return self._is_here() or (self.job.command == "train" and is_held(self.job.paths.lock))
+        return lives_here(self._process) is True
 
     def poll(self) -> Ended | None:
-        if self.is_alive():
-            return None
-        status = read_status(self.job.paths) if self.job.command == "train" else None
-        if status is None:
-            return Ended(Status.interrupted, "its sweep ended")
-        return Ended(status.status, status.reason)
+        if self._is_left:
+            return Ended(Status.interrupted, "it goes on elsewhere")
+        return None if self.is_alive() else Ended(Status.interrupted, "its sweep ended")
 
     def stop(self) -> None:
-        self._times_stopped += 1
-        if self._process is not None and self._is_here():
-            number = signal.SIGTERM if self._times_stopped == 1 else signal.SIGKILL
-            os.kill(self._process.pid, number)
-
-    def _is_here(self) -> bool:
-        return self._process is not None and lives_here(self._process) is True
+        """It is its own sweep's to stop."""
+        self._is_left = True
 
 
 def _snapshots(job: Job) -> Path:

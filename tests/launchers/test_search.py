@@ -20,6 +20,7 @@ from sdx.config.launching import Pruner, SearchSampler, SearchSettings
 from sdx.config.overrides import parse
 from sdx.config.schema import Config, OptimizerKind
 from sdx.config.sweeping import SweepRequest, SweptJob, read_request
+from sdx.record.files import write_text
 from sdx.record.status import Status, write_status
 from sdx.record.stop_request import read_stop
 from sdx_launchers.jobs import Ended, Job
@@ -57,7 +58,7 @@ class Run:
             write_status(paths, Status.failed, step=len(rows), reason="out of memory")
             return Ended(Status.failed, "exit code 1")
         rows.append(json.dumps({"step": len(rows) + 1, "loss": self.world.loss(self.job)}))
-        paths.metrics.write_text("\n".join(rows) + "\n")
+        write_text(paths.metrics, "\n".join(rows) + "\n")
         if len(rows) < STEPS:
             return None
         write_status(paths, Status.finished, step=STEPS)
