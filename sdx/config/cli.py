@@ -107,7 +107,8 @@ def _launch(request: "SweepRequest", config_dir: Path | None) -> int:
 
     vars(task)["request"] = request  # for the plugins, which Hydra hands the task to
     with tempfile.TemporaryDirectory() as scratch:  # Hydra insists on writing a multirun.yaml
-        where = [f"hydra.sweep.dir={scratch}", "hydra.sweep.subdir=."]
+        quoted = scratch.replace("'", "\\'")
+        where = [f"hydra.sweep.dir='{quoted}'", "hydra.sweep.subdir=."]
         _hydra(request.command, ["--multirun", *request.overrides, *where], config_dir, task)
     return request.exit_code
 

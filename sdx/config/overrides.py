@@ -158,7 +158,7 @@ def _judge_choice(override: Override, options: list[str]) -> Iterator[Problem]:
     group, got = override.key_or_group, override.value()
     if override.is_add() or override.is_delete():
         yield Problem(_typed_key(override), str(got), "a group has one option", f"use {group}=…")
-    elif got is None and group in {"experiment", "debug"}:
+    elif got is None and group in {"experiment", "sweep", "debug"}:
         return
     elif not isinstance(got, str) or got not in options:
         near = nearest(str(got), options)

@@ -6,28 +6,32 @@ by `hydra/sweeper` and `hydra/launcher`.
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 
 from sdx.config.arguments import Arguments
-from sdx.config.compose import Adjust, Composed, compose, compose_with_hydra
+from sdx.config.compose import Adjust, Composed, compose_with_hydra
 from sdx.config.errors import ConfigError, Problem
 from sdx.config.expansion import expand
 from sdx.config.hydra_keys import (
+    GRID,
+    choices_of,
     fixed,
     is_choice,
     is_key,
     judge,
-    judge_choices,
+    judge_launcher,
+    known_choices,
     sweeper_settings,
     without_effect,
 )
 from sdx.config.identity import folder_names
 from sdx.config.overrides import parse
+from sdx.config.places import place_problems
 from sdx.config.schema import Config
 
 _HYDRA = re.compile(r"[+~]*hydra[./]")
@@ -62,54 +66,52 @@ def read_request(
 ) -> Config | SweepRequest:
     """The configuration that was asked for, or the sweep: with --multirun, or where an option of
     run_on or sweep implies it. Raises ConfigError with all faults of all jobs."""
-    overrides, problems = fixed(arguments.overrides)
-    problems = [*arguments.problems, *problems]
-    swept = [text for text in overrides if _is_swept(text)]
-    whole = compose_with_hydra(
-        [text for text in overrides if text not in swept and not is_key(text)],
-        config_dir=arguments.config_dir,
-        adjust=adjust,
-    )
-    keys = [text for text in overrides if is_key(text)]
-    hydra = whole.hydra
-    if not arguments.multirun and (hydra is None or hydra.mode is not RunMode.MULTIRUN):
-        return _single(whole, swept, [*problems, *without_effect(overrides)], arguments, adjust)
-    if hydra is None:
-        raise ConfigError([*problems, *whole.problems])
-    choices = {kind: hydra.runtime.choices[f"hydra/{kind}"] for kind in ("sweeper", "launcher")}
-    faults = [*judge_choices(choices), *judge(keys, choices)]
-    problems += faults
-    settings = None if faults else sweeper_settings(hydra, keys, choices)
-    own = [text for text in overrides if not is_of_hydra(text)]
+    texts, problems = fixed(arguments.overrides)
+    keys = [text for text in texts if is_key(text)]
+    texts, bad_choices = known_choices([text for text in texts if not is_key(text)])
+    swept = [text for text in texts if _is_swept(text)]
 
-    def composed(batches: Sequence[Sequence[str]]) -> list[SweptJob]:
-        return compose_jobs(batches, arguments.config_dir, adjust)
+    def composed(overrides: Sequence[str]) -> Composed:
+        return compose_with_hydra(overrides, config_dir=arguments.config_dir, adjust=adjust)
+
+    whole = composed([text for text in texts if text not in swept])
+    problems = [*arguments.problems, *problems]
+    if not (arguments.multirun or _implies_sweep(whole)):
+        problems += without_effect(arguments.overrides)
+        own = [text for text in texts if not is_choice(text)]
+        return _single(composed(own) if own != texts or swept else whole, problems)
+    problems += bad_choices
+    if whole.hydra is None:
+        raise ConfigError([*problems, *whole.problems])
+    choices = choices_of(whole.hydra)
+    faults = [*judge_launcher(choices), *judge(keys, choices)]
+    problems += faults
+    settings = None if faults else sweeper_settings(whole.hydra, keys, choices)
+    own = [text for text in texts if not is_of_hydra(text)]
+
+    def jobs_of(batches: Sequence[Sequence[str]]) -> list[SweptJob]:
+        return _jobs([(list(batch), composed(batch)) for batch in batches])
 
     jobs: list[SweptJob] = []
-    if settings is None or choices["sweeper"] != "sdx":
-        problems += whole.problems
-    else:
+    if settings is not None and choices["sweeper"] == GRID:
         batches, faults = expand(settings.params, own, settings.zip)
         problems += faults
         try:
-            jobs = composed(batches)
+            jobs = jobs_of(batches)
         except ConfigError as error:
             problems += error.problems
+    else:
+        problems += whole.problems
     if problems:
         raise ConfigError(problems)
-    return SweepRequest(command, arguments.overrides, jobs, composed)
+    return SweepRequest(command, arguments.overrides, jobs, jobs_of)
 
 
-def _single(
-    whole: Composed,
-    swept: Sequence[str],
-    problems: Sequence[Problem],
-    arguments: Arguments,
-    adjust: Adjust | None,
-) -> Config:
-    if swept:  # said with the other faults, in the order typed
-        rest = [text for text in arguments.overrides if not (is_key(text) or is_choice(text))]
-        whole = compose_with_hydra(rest, config_dir=arguments.config_dir, adjust=adjust)
+def _implies_sweep(whole: Composed) -> bool:
+    return whole.hydra is not None and whole.hydra.mode is RunMode.MULTIRUN
+
+
+def _single(whole: Composed, problems: Sequence[Problem]) -> Config:
     problems = [*problems, *whole.problems]
     if problems or whole.config is None:
         raise ConfigError(problems)
@@ -126,28 +128,21 @@ def is_of_hydra(text: str) -> bool:
     return _HYDRA.match(text) is not None
 
 
-def compose_jobs(
-    batches: Sequence[Sequence[str]], config_dir: Path | None, adjust: Adjust | None
-) -> list[SweptJob]:
-    """A job for each batch of overrides; raises ConfigError with all faults of all jobs."""
-    problems: list[Problem] = []
-    jobs: list[SweptJob] = []
-    for overrides in batches:
-        try:
-            config = compose(overrides, config_dir=config_dir, adjust=adjust)
-            jobs.append(SweptJob(config, list(overrides)))
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
+def _jobs(composed: Sequence[tuple[list[str], Composed]]) -> list[SweptJob]:
+    """A job for each batch of overrides with what it came to; raises ConfigError with the faults of
+    all."""
+    problems = [problem for _, whole in composed for problem in whole.problems]
+    problems += place_problems([whole for _, whole in composed])
+    jobs = [SweptJob(whole.config, texts) for texts, whole in composed if whole.config is not None]
+    if problems or len(jobs) < len(composed):
         raise ConfigError(problems)
     jobs = _with_own_folders(jobs)
-    names = [job.config.run.name for job in jobs]
-    for job in jobs:
-        if names.count(job.config.run.name) > 1:
-            rule = "two jobs of the sweep are the same run"
-            problems.append(Problem(" ".join(job.overrides), None, rule, "give each value once"))
-    if problems:
-        raise ConfigError(problems)
+    count = Counter(job.config.run.name for job in jobs)
+    if twice := [job for job in jobs if count[job.config.run.name] > 1]:
+        rule = "two jobs of the sweep are the same run"
+        raise ConfigError(
+            Problem(" ".join(job.overrides), None, rule, "give each value once") for job in twice
+        )
     return jobs
 
 
