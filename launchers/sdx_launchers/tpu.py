@@ -7,14 +7,11 @@ tpu_strays.py.
 
 import json
 import shlex
-import signal
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import PurePosixPath
-from types import FrameType
 from typing import Any
 
 from sdx.config.errors import Problem
@@ -43,8 +40,6 @@ from sdx_launchers.tpu_requests import (
 from sdx_launchers.tpu_run import TpuRun, tpu_folder, worker_argv
 from sdx_launchers.tpu_strays import sweep_up
 from sdx_launchers.workers import Worker, Workers
-
-_ENDING = (signal.SIGTERM, signal.SIGHUP)  # as Ctrl-C: else Python ends without deleting anything
 
 
 class TpuLauncher:
@@ -115,7 +110,6 @@ class TpuLauncher:
         return elsewhere if elsewhere.is_alive() else None
 
     def __enter__(self) -> "TpuLauncher":
-        self._stack.callback(self._restore_signals, self._take_signals())
         found = sweep_up(self._resolved(), kept=False, connect=self._connect)
         if found.deleted or found.faults:
             print(found, flush=True)
@@ -172,21 +166,6 @@ class TpuLauncher:
             command = shlex.join(worker_argv(job, hosts[0], worker, number))
             lines.append(shlex.join(ssh_argv(settings, host, command, known_hosts)))
         return lines
-
-    def _take_signals(self) -> dict[int, Any]:
-        """Makes signals that would end this process at once end it as Ctrl-C does."""
-        if threading.current_thread() is not threading.main_thread():
-            return {}
-        taken = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
-        return {number: signal.signal(number, _interrupt) for number in taken}
-
-    def _restore_signals(self, before: Mapping[int, Any]) -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def _spec(settings: TpuSettings, jobs: Sequence[Job]) -> Spec:

@@ -44,7 +44,7 @@ _PATTERNS = {
         "a subnetwork",
     ),
     "service_account": (r"[a-z0-9.-]+@[a-z0-9.-]+", "the address of a service account"),
-    "owner": (r"[a-z0-9_-]{1,63}", "a label of Google Cloud: a-z 0-9 _ -, up to 63 of them"),
+    "owner": (r"[a-z0-9][a-z0-9_-]{0,62}", "a label of Google Cloud: a-z 0-9 _ -, at most 63"),
     "api_endpoint": (r"([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}", "HOST:PORT"),
 }
 
