@@ -64,7 +64,8 @@ def settle(job: Job, ended: Ended, before: RunStatus | None) -> Ended:
         return _unproven(job, run, ended)
     if run.status is Status.finished and not _is_done(job, run):
         return _unproven(job, run, ended)
-    return Ended(run.status, run.reason)
+    told = ended.reason if ended.status is run.status else None  # such as a limit of requeues
+    return Ended(run.status, run.reason or told)
 
 
 def _standing(job: Job, run: RunStatus | None, attach: Attach) -> Standing:

@@ -33,7 +33,7 @@ def named(tag: str) -> tuple[str, str]:
 JOB = (*SLURM, *TWO_NODES)
 ARRAY = (*JOB, "run.tags=[plain],[told],[killed]")
 LIMITED = (
-    *JOB, *named("limited"), "hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=30",
+    *JOB, *named("limited"), "hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=50",
 )  # fmt: skip
 LOST = (*JOB, *named("lost"), "hydra.launcher.exclusive=true")
 FAULTY = (*JOB, *named("faulty"))
@@ -53,8 +53,8 @@ def shell(
 
 @pytest.fixture(scope="module")
 def limited(shell: Shell) -> Iterator[Typed]:
-    """Told to stop after 75 to 90 seconds (SLURM is early), and not half done by then."""
-    with shell.typed("train", *LIMITED, SDX_TEST_SLOW="13") as processes:
+    """Told to stop after 55 to 70 seconds (SLURM is early), and not done by then."""
+    with shell.typed("train", *LIMITED, SDX_TEST_SLOW="10") as processes:
         typed = Typed(shell, processes)
         shell.wait_for_step(run_of(typed, "limited"), 1)  # the others need not compile
         yield typed
@@ -156,7 +156,6 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(
     second = slurm.run("scontrol", "show", "hostnames", nodes).split()[1]
     slurm.run("scontrol", "update", f"nodename={second}", "state=down", "reason=test")
     until(lambda: slurm.ledger(id)[0][0] == "NODE_FAIL")
-    slurm.run("scontrol", "update", f"nodename={second}", "state=resume")
     code, output = lost.ended()
     assert code == 0, output
     assert_as_if_nothing_had_happened(shell, run)
@@ -205,7 +204,7 @@ def test_a_run_longer_than_its_time_limit_goes_on_in_the_next_job(
 ) -> None:
     run, shell = run_of(limited, "limited"), limited.shell
     id = shell.id(run)
-    until(lambda: len(slurm.ledger(id)) == 2, lambda: shell.log(run))
+    until(lambda: len(slurm.ledger(id)) > 1, lambda: shell.log(run))
     slurm.run("scontrol", "update", f"jobid={id}", "timelimit=60")  # a slow machine needs it
     code, output = limited.ended()
     assert code == 0, output
