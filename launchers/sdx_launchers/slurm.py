@@ -32,17 +32,10 @@ from sdx_launchers.launch_record import (
     remove_launch,
     write_launch,
 )
+from sdx_launchers.slurm_after import COUNTS, ENDED, STOPPED
 from sdx_launchers.slurm_queue import JobState, Queue, SchedulerError
 from sdx_launchers.slurm_request import Request, job_problems, request_of, settings_problems
-from sdx_launchers.slurm_script import (
-    COUNTS,
-    ENDED,
-    STOPPED,
-    Submission,
-    discard,
-    render,
-    submit,
-)
+from sdx_launchers.slurm_script import Submission, discard, render, submit
 
 NAME = "sdx_slurm"
 _SUBMISSIONS = "slurm"  # in a sweep's folder

@@ -24,10 +24,15 @@ from sdx.record.paths import RunPaths
 from sdx.record.stop_request import read_stop
 from sdx.record.store import as_path
 from sdx_launchers import slurm_queue
-from sdx_launchers.launch_record import read_job, read_launch
 from sdx_launchers.slurm_queue import SchedulerError
-from sdx_launchers.slurm_script import BEGINS, COUNTS, ENDED, SRUN_FAILED, STOPPED
 
+ENDED, STOPPED, COUNTS = "ended.json", "stopped", "requeues.json"
+"""Files in a job's folder: how it ended, that it must not go on, how often it went on."""
+BEGINS = "sdx: start "
+"""How a start begins in the log that all starts of a job share."""
+SRUN_FAILED = 121
+"""Exit code of a srun that could not start the processes, or lost their node."""
+_JOB, _LAUNCH = "job.json", "launch.json"  # of launch_record.py, which takes longer to import
 _SIGNALLED = 128
 _STOPPED = {75, *(_SIGNALLED + s for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2))}
 _GONE_WITHIN_S = 300.0  # a requeued job's script is ended by SLURM
@@ -138,7 +143,7 @@ def _number(how: str) -> int:
 
 def _log(folder: Path) -> str:
     """What srun and the processes beside it said since this start."""
-    logs = (read_launch(folder) or {}).get("logs")
+    logs = (read_json(folder / _LAUNCH) or {}).get("logs")
     if not logs:
         return ""
     try:
@@ -151,7 +156,7 @@ def _log(folder: Path) -> str:
 
 def _asked_to_end(folder: Path) -> str | None:
     """The words of whoever asked; a time limit and a preemption come as signals instead."""
-    job = read_job(folder)
+    job = read_json(folder / _JOB)
     if job is not None and job["command"] == "train":
         request = read_stop(RunPaths(as_path(job["run"])))
         if request is not None:

@@ -18,14 +18,9 @@ from typing import Any
 from sdx.config.launching import SlurmSettings
 from sdx_launchers.jobs import Job, LaunchError
 from sdx_launchers.launch_record import job_command
+from sdx_launchers.slurm_after import BEGINS, ENDED, SRUN_FAILED, STOPPED
 from sdx_launchers.slurm_request import Request
 
-ENDED, STOPPED, COUNTS = "ended.json", "stopped", "requeues.json"
-"""Files in a job's folder: how it ended, that it must not go on, how often it went on."""
-BEGINS = "sdx: start "
-"""How a start begins in the log that all starts of a job share."""
-SRUN_FAILED = 121
-"""Exit code of a srun that could not start the processes, or lost their node."""
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 
