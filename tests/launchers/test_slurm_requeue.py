@@ -189,7 +189,8 @@ def test_an_interrupted_job_is_never_done_and_the_same_command_goes_on(stopped: 
     code, output = stopped.ended()
     assert code == 75, output
     assert shell.status(run) == "interrupted"
-    assert "max_requeues" in output
+    summaries = [path.read_text() for path in shell.outputs.glob("sweeps/*/summary.csv")]
+    assert any("hydra.launcher.max_requeues" in text for text in summaries), summaries
     code, output = shell.run("train", *STOPPED)
     assert code == 0, output
     assert shell.status(run) == "finished" and shell.id(run) != before

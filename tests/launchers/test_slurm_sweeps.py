@@ -81,8 +81,8 @@ def all_typed(request: pytest.FixtureRequest) -> None:
     begin_all(request, ("later", "in_turn", "design", "six", "without"))
 
 
-def lr(value: str) -> str:
-    return f"optimizer.lr={value}"
+def lr(value: float) -> str:
+    return f"optimizer.lr={value}"  # as a sweep writes it down
 
 
 def summary(shell: Shell) -> dict[str, dict[str, str]]:
@@ -98,7 +98,7 @@ def queued(cluster: Cluster) -> set[str]:
 
 def test_pending_and_running_jobs_are_cancelled_and_stay_so(in_turn: Typed, slurm: Cluster) -> None:
     shell = in_turn.shell
-    first, second = in_turn.run_of(lr("1e-5")), in_turn.run_of(lr("5e-6"))
+    first, second = in_turn.run_of(lr(1e-5)), in_turn.run_of(lr(5e-6))
     shell.wait_until_held(first)
     queue = slurm.queue()
     assert (queue[shell.id(first)], queue[shell.id(second)]) == ("RUNNING", "PENDING")
@@ -152,7 +152,7 @@ def test_a_driver_that_is_killed_hands_nothing_in_twice(six: Typed, slurm: Clust
     assert {lr: row["status"] for lr, row in rows.items() if row["status"] != "finished"} == {
         "1e+30": "failed"
     }
-    bad = six.run_of(lr("1e+30"))
+    bad = six.run_of(lr(1e30))
     assert "max_bad_steps" in output and "max_bad_steps" in shell.log(bad)
     assert slurm.ledger(shell.id(bad)) == [("FAILED", "1:0")]
 
@@ -163,7 +163,7 @@ def test_the_sweep_of_the_design_is_an_array_of_jobs_of_two_nodes_with_two_proce
     shell = design.shell
     code, output = design.ended()
     assert code == 0, output
-    runs = [design.run_of(lr("1e-5")), design.run_of(lr("5e-6"))]
+    runs = [design.run_of(lr(1e-5)), design.run_of(lr(5e-6))]
     ids = [shell.id(run) for run in runs]
     array = ids[0].partition("_")[0]
     assert ids == [f"{array}_0", f"{array}_1"]
@@ -202,7 +202,7 @@ def test_jobs_run_the_code_of_the_moment_they_were_handed_in(
     shell, source = later.shell, later.shell.tree.folder
     code, output = later.ended()
     assert code == 0, output
-    run = later.run_of(lr("1e-5"))
+    run = later.run_of(lr(1e-5))
     assert slurm.queue()[shell.id(run)] == "PENDING"
     (source / "sdx" / "training" / "step.py").write_text("raise SystemExit('other code')\n")
     shutil.rmtree(source / "conf")
@@ -210,7 +210,7 @@ def test_jobs_run_the_code_of_the_moment_they_were_handed_in(
     slurm.run("scontrol", "update", f"jobid={shell.id(run)}", "starttime=now")
     shell.wait_for_end(run)
     assert shell.status(run) == "finished", shell.log(run)
-    same = six.run_of(lr("1e-5"))
+    same = six.run_of(lr(1e-5))
     six.shell.wait_for_end(same)
     assert shell.rows(run) == six.shell.rows(same) != []
     assert shell.attempts(run)[0]["git_commit"], "known without the checkout"
@@ -221,7 +221,7 @@ def test_sweeps_need_no_accounting(without: Typed, slurm_without_accounting: Clu
     shell, cluster = without.shell, slurm_without_accounting
     code, output = without.ended()
     assert code == 1, output
-    assert shell.status(without.run_of(lr("1e-5"))) == "finished"
+    assert shell.status(without.run_of(lr(1e-5))) == "finished"
     assert summary(shell)["1e+30"]["status"] == "failed" and "max_bad_steps" in output
     until(lambda: not cluster.run("squeue", "--noheader", "--states=all").strip())
     before = shell.launches()
