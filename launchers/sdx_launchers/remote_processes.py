@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from sdx.record.launched import PATIENCE_S
+from sdx.record.launched import ENDED_WITH_RUN, PATIENCE_S
 from sdx_launchers.ssh import Host, last_lines
 
 EXIT_INTERRUPTED = 75
@@ -20,6 +20,7 @@ _LOOK_EVERY_S = 0.2
 _LEAVE_ALONE_S = 5.0  # processes of a run notice one another's failure, and say so in its record
 _SAVE_S = 30.0  # from SIGTERM to SIGKILL, where one worker failed
 _LET_GO_S = 30.0  # from SIGKILL there to the end of the connection
+_MOST_LAST_LINES = 30  # what a library says at the end may follow our own
 _MOST_CHARACTERS = 300  # of a log's last line, as a reason
 
 
@@ -66,6 +67,16 @@ class RemoteProcess:
             self.code = code  # of the worker's shell, which found no such Python
         return True
 
+    @property
+    def has_failed(self) -> bool:
+        return self.has_ended and self.code not in (0, EXIT_INTERRUPTED)
+
+    @property
+    def has_followed(self) -> bool:
+        """Whether it says that it ended because another one failed."""
+        last = last_lines(self.log, _MOST_LAST_LINES) if self.code == 1 else ""
+        return any(line.startswith(ENDED_WITH_RUN) for line in last.splitlines())
+
     def tell(self, word: str) -> None:
         """A word to the supervisor there; an empty one is a sign of life."""
         assert self.client.stdin is not None
@@ -90,7 +101,8 @@ class RemoteProcesses:
         self._processes = processes
         self._sign_every_s = sign_every_s
         self._end: RemoteEnd | None = None
-        self._failed: RemoteProcess | None = None
+        self._failed: list[RemoteProcess] = []
+        """In the order of their ends."""
         self._is_stopped = False
         self._steps: list[tuple[float, str]] = []
         """What is still to be said to those that run, and when; in order."""
@@ -112,7 +124,7 @@ class RemoteProcesses:
         """Ends all, and returns when they have."""
         self._is_stopped = True
         with self._deciding:
-            self._steps = self._ending(time.monotonic())
+            self._steps = _ending(time.monotonic())
         self._watcher.join()
 
     def _watch(self) -> None:
@@ -129,7 +141,7 @@ class RemoteProcesses:
         while any(not process.has_ended for process in self._processes):
             time.sleep(_LOOK_EVERY_S)
             for process in self._processes:
-                if process.look() and process.code != 0:
+                if process.look():
                     self._note(process)
             if time.monotonic() - signed_at > self._sign_every_s:
                 signed_at = time.monotonic()
@@ -141,22 +153,15 @@ class RemoteProcesses:
             self._echo.close()
 
     def _note(self, process: RemoteProcess) -> None:
-        """The first that did not finish makes the others end; a failure does so sooner."""
-        is_failure = process.code != EXIT_INTERRUPTED
+        """The first that does not finish makes the others end; a failure does so sooner."""
         with self._deciding:
-            if is_failure and self._failed is None and not self._is_ended_by_us(process):
-                self._failed = process
-                begin = time.monotonic() + _LEAVE_ALONE_S
-                self._steps = [(begin, "stop"), *self._ending(begin + _SAVE_S)]
-            elif not self._steps and self._failed is None:
-                begin = time.monotonic() + _LEAVE_ALONE_S
-                self._steps = [(begin, "stop"), *self._ending(begin + PATIENCE_S)]
-
-    def _is_ended_by_us(self, process: RemoteProcess) -> bool:
-        return self._is_stopped and process.code in (-signal.SIGKILL, -signal.SIGTERM)
-
-    def _ending(self, begin: float) -> list[tuple[float, str]]:
-        return [(begin, "kill"), (begin + _LET_GO_S, "let go")]
+            was_first = not self._failed
+            if process.has_failed:
+                self._failed.append(process)
+            if process.has_failed and was_first and not self._is_stopped:
+                self._steps = _stopping(_SAVE_S)
+            elif process.code != 0 and not self._steps:
+                self._steps = _stopping(PATIENCE_S)
 
     def _take_steps(self) -> None:
         with self._deciding:
@@ -175,13 +180,20 @@ class RemoteProcesses:
                 process.tell(word)
 
     def _outcome(self) -> RemoteEnd:
-        if self._failed is not None:
-            return RemoteEnd(self._failed.code, self._failed.reason())
-        for process in self._processes:
-            if process.code is None or process.code < 0:
-                return RemoteEnd(process.code, process.reason())
+        first = min(self._failed, key=lambda process: process.has_followed, default=None)
+        if first is not None:
+            return RemoteEnd(first.code, first.reason())
         codes = {process.code for process in self._processes}
         return RemoteEnd(EXIT_INTERRUPTED if EXIT_INTERRUPTED in codes else 0)
+
+
+def _stopping(patience_s: float) -> list[tuple[float, str]]:
+    begin = time.monotonic() + _LEAVE_ALONE_S
+    return [(begin, "stop"), *_ending(begin + patience_s)]
+
+
+def _ending(begin: float) -> list[tuple[float, str]]:
+    return [(begin, "kill"), (begin + _LET_GO_S, "let go")]
 
 
 class _Echo:

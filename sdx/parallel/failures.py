@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from jax._src import distributed
 
 from sdx.parallel.agreement import gather
-from sdx.parallel.place import ENDED_WITH_RUN
+from sdx.record.launched import ENDED_WITH_RUN
 
 EXIT_FAILED = 1
 _EVERY_S = 0.5

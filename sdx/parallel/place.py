@@ -12,9 +12,6 @@ from sdx.config.schema import DistributedConfig, HardwareConfig, Platform
 
 Environment = Mapping[str, str]
 
-ENDED_WITH_RUN = "sdx: ended with the whole run"
-"""How a process begins its last line when another one failed."""
-
 _JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _TPU = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_ID", "MEGASCALE_NUM_SLICES")

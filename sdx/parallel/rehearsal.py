@@ -21,8 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from sdx.config.schema import Config
-from sdx.parallel.place import ENDED_WITH_RUN
-from sdx.record.launched import end_with_driver, launched_job
+from sdx.record.launched import ENDED_WITH_RUN, end_with_driver, launched_job
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 75
 _PARENT, _TYPED = "SDX_REHEARSAL_PIPE", "SDX_REHEARSAL_OVERRIDES"

@@ -21,6 +21,8 @@ _SCHEDULER = (
     "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT",
     "SLURM_JOB_NODELIST", NODES,
 )  # fmt: skip
+ENDED_WITH_RUN = "sdx: ended with the whole run"
+"""How a process begins its last line when another one of its run failed."""
 PATIENCE_S = 300.0  # to save in, when the sweep is gone
 
 
