@@ -37,7 +37,7 @@ class Pruner(Enum):
 
 @dataclass
 class SweeperSettings:
-    """hydra/sweeper=sdx: every combination of the values typed."""
+    """What every sweeper takes."""
 
     dry_run: bool = option(
         False, "Show what would be started, and how; start nothing.", identity=False
@@ -47,12 +47,6 @@ class SweeperSettings:
         "Jobs at a time; null = one here, one TPU, all at once on SLURM (the array's throttle).",
         at_least=1,
         identity=False,
-    )
-    fail_fast: bool = option(
-        False, "After the first failed job start no others and stop those that run.", identity=False
-    )
-    retry_failed: bool = option(
-        False, "Start jobs that failed before once more, from their checkpoint.", identity=False
     )
     objective: str = option(
         "validation_loss:min",
@@ -69,6 +63,18 @@ class SweeperSettings:
     )
     params: dict[str, str] = option(
         {}, "Keys and their values, as a named sweep writes them down.", identity=False
+    )
+
+
+@dataclass
+class GridSettings(SweeperSettings):
+    """hydra/sweeper=sdx: every combination of the values typed."""
+
+    fail_fast: bool = option(
+        False, "After the first failed job start no others and stop those that run.", identity=False
+    )
+    retry_failed: bool = option(
+        False, "Start jobs that failed before once more, from their checkpoint.", identity=False
     )
 
 
@@ -184,9 +190,6 @@ class TpuSettings(LauncherSettings):
         None, "One slice by Google's name, as v4-32.", identity=False
     )
     runtime_version: str | None = option(None, "Image of the TPU VMs.", identity=False)
-    num_slices: int | None = option(
-        None, "Slices of one job; null = hardware.num_slices.", at_least=1, identity=False
-    )
     provisioning: Provisioning = option(
         Provisioning.on_demand, "on_demand, spot (cheaper, preempted) or reserved.", identity=False
     )
@@ -253,7 +256,7 @@ class TpuSettings(LauncherSettings):
     )
 
 
-SWEEPERS: dict[str, type[SweeperSettings]] = {"sdx": SweeperSettings, "sdx_search": SearchSettings}
+SWEEPERS: dict[str, type[SweeperSettings]] = {"sdx": GridSettings, "sdx_search": SearchSettings}
 LAUNCHERS: dict[str, type[LauncherSettings]] = {
     "sdx_local": LocalSettings,
     "sdx_slurm": SlurmSettings,

@@ -12,7 +12,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from sdx.config.launching import SearchSettings, SweeperSettings
+from sdx.config.launching import GridSettings, SearchSettings
 
 
 class _SdxSweeper(Sweeper):
@@ -52,7 +52,7 @@ class SearchSweeper(_SdxSweeper):
 
 
 @dataclass
-class GridNode(SweeperSettings):
+class GridNode(GridSettings):
     _target_: str = "hydra_plugins.sdx.sweepers.GridSweeper"
 
 

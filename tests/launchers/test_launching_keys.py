@@ -1,0 +1,43 @@
+"""No key of a sweeper or launcher is there in vain: the code of each reads it from its settings."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sdx.config.launching import (
+    GridSettings,
+    LocalSettings,
+    SearchSettings,
+    SlurmSettings,
+    TpuSettings,
+)
+from sdx.config.leaves import leaves_of
+
+pytestmark = pytest.mark.fast
+
+READERS = {
+    GridSettings: ("launchers/sdx_launchers/driver.py", "sdx/config/sweeping.py"),
+    SearchSettings: ("launchers/sdx_launchers/search.py", "launchers/sdx_launchers/study.py"),
+    LocalSettings: ("launchers/sdx_launchers/local.py",),
+    SlurmSettings: ("launchers/sdx_launchers/slurm*.py",),
+    TpuSettings: tuple(f"launchers/sdx_launchers/{name}.py" for name in ("tpu*", "ssh", "workers")),
+}
+"""The files whose `settings` are of that class."""
+
+
+def read_in(text: str) -> Iterator[str]:
+    """Attributes of whatever is called `settings`."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            if re.search(r"settings$", ast.unparse(node.value)):
+                yield node.attr
+
+
+@pytest.mark.parametrize("cls", READERS)
+def test_every_key_is_read(cls: type, repository: Path) -> None:
+    files = [file for name in READERS[cls] for file in repository.glob(name)]
+    read = {name for file in files for name in read_in(file.read_text())}
+    assert [name for name in leaves_of(cls) if name not in read] == []
