@@ -21,6 +21,7 @@ from sdx_launchers.launch_record import job_command
 from sdx_launchers.slurm_after import BEGINS, ENDED, SRUN_FAILED, STOPPED
 from sdx_launchers.slurm_request import Request
 
+_AFTER = "sdx_launchers.slurm_after"
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 
@@ -98,7 +99,7 @@ def _executor(submission: Submission, settings: SlurmSettings) -> Any:
         def affinity(cls) -> int:
             return 1  # scripts are rendered where there is no srun
 
-    # In a container the job's Python is another one than that which starts the container.
+    # The job's Python may be one that only its container has.
     python = sys.executable if settings.command_prefix else settings.python or sys.executable
     executor = Executor(submission.folder, python=f"{shlex.quote(python)} -P")
     executor.update_parameters(**_parameters(submission, settings))
@@ -163,15 +164,7 @@ def _before(submission: Submission, settings: SlurmSettings) -> list[str]:
 
 def _after(submission: Submission, settings: SlurmSettings) -> list[str]:
     path = ":".join(str(part) for part in submission.python_path)
-    python = sys.executable if settings.command_prefix else settings.python or sys.executable
-    command = [
-        "/usr/bin/env",
-        f"PYTHONPATH={path}",
-        python,
-        "-P",
-        "-m",
-        "sdx_launchers.slurm_after",
-    ]
+    command = ["/usr/bin/env", f"PYTHONPATH={path}", sys.executable, "-P", "-m", _AFTER]
     limits = [f"--max-requeues={settings.max_requeues}", f"--retries={settings.retries}"]
     return [
         "sdx_code=$?",
