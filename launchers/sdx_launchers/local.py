@@ -58,7 +58,8 @@ class LocalLauncher:
         for number, job in enumerate(jobs):
             share = shares[number % len(shares)]
             argv = job_command(job, [_snapshots(job) / "DIGEST"], self._python)
-            lines.append(f"{share.describe()}{shlex.join(argv)} > {job.folder / _LOG}")
+            log = shlex.quote(str(job.folder / _LOG))
+            lines.append(f"{share.describe()}{shlex.join(argv)} >> {log} 2>&1")
         return "\n".join(lines)
 
     def start(self, jobs: Sequence[Job], max_parallel: int | None) -> Sequence["_Child"]:

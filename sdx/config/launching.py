@@ -48,6 +48,12 @@ class SweeperSettings:
         at_least=1,
         identity=False,
     )
+    fail_fast: bool = option(
+        False, "After the first failed job start no others and stop those that run.", identity=False
+    )
+    retry_failed: bool = option(
+        False, "Start jobs that failed before once more, from their checkpoint.", identity=False
+    )
     objective: str = option(
         "validation_loss:min",
         "What jobs are judged by: METRIC, METRIC:min or METRIC:max, a column of metrics.jsonl.",
@@ -69,13 +75,6 @@ class SweeperSettings:
 @dataclass
 class GridSettings(SweeperSettings):
     """hydra/sweeper=sdx: every combination of the values typed."""
-
-    fail_fast: bool = option(
-        False, "After the first failed job start no others and stop those that run.", identity=False
-    )
-    retry_failed: bool = option(
-        False, "Start jobs that failed before once more, from their checkpoint.", identity=False
-    )
 
 
 @dataclass

@@ -20,7 +20,9 @@ pytestmark = pytest.mark.fast
 
 READERS = {
     GridSettings: ("launchers/sdx_launchers/driver.py", "sdx/config/sweeping.py"),
-    SearchSettings: ("launchers/sdx_launchers/search.py", "launchers/sdx_launchers/study.py"),
+    SearchSettings: tuple(
+        f"launchers/sdx_launchers/{name}.py" for name in ("search", "study", "trials")
+    ),
     LocalSettings: ("launchers/sdx_launchers/local.py",),
     SlurmSettings: ("launchers/sdx_launchers/slurm*.py",),
     TpuSettings: tuple(f"launchers/sdx_launchers/{name}.py" for name in ("tpu*", "ssh", "workers")),
