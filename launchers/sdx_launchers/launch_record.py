@@ -97,7 +97,9 @@ def read_job(folder: Path) -> dict[str, Any] | None:
 
 
 def write_outcome(job: Job, ended: Ended) -> None:
-    """Notes how the job ended, for runs that could not say so themselves."""
+    """Notes how a job that was handed over ended, for runs that could not say so themselves."""
+    if not job.folder.is_dir():
+        return
     fields: Mapping[str, Any] = {"status": ended.status, "reason": ended.reason, "ended": now()}
     write_json(job.folder / _OUTCOME, fields)
 

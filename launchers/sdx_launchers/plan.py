@@ -10,7 +10,7 @@ from rich.text import Text
 
 from sdx.record.status import Status
 from sdx.record.store import AnyPath
-from sdx_launchers.standing import Standing
+from sdx_launchers.standing import ELSEWHERE, Standing
 
 _STARTS = {None: "starts", Status.interrupted: "resumes", Status.finished: "goes on"}
 _STYLES = {"skipped": "dim", "waits": "cyan", "left": "yellow"}
@@ -19,7 +19,8 @@ _STYLES = {"skipped": "dim", "waits": "cyan", "left": "yellow"}
 def what_happens(standing: Standing, retry_failed: bool) -> str:
     """One word, and for jobs that are left alone the reason they ended."""
     if standing.handle is not None:
-        return f"waits for {standing.handle.id}"
+        is_ours = standing.handle.id != ELSEWHERE
+        return f"waits for job {standing.handle.id}" if is_ours else "waits, it runs elsewhere"
     if standing.is_to_start(retry_failed):
         return _STARTS.get(standing.status, "starts again")
     if standing.status in (Status.finished, Status.pruned):

@@ -16,6 +16,8 @@ from sdx_launchers.jobs import Ended, Handle, Job
 from sdx_launchers.launch_record import read_launch, read_outcome, write_outcome
 
 Attach = Callable[[Job, Mapping[str, Any]], Handle | None]
+ELSEWHERE = "elsewhere"
+"""The id of a job that some other process than a sweep's launcher runs."""
 _READS_AT_ONCE = 16
 _REPEATED = (Status.failed, Status.cancelled)  # started again only where that is asked for
 
@@ -133,7 +135,7 @@ class _Elsewhere:
     """A run that something else than a sweep's launcher has started: its record tells how it goes,
     and it is not ours to stop."""
 
-    id = "elsewhere"
+    id = ELSEWHERE
 
     def __init__(self, job: Job):
         self.job = job

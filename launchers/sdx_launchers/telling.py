@@ -43,7 +43,8 @@ class Progress(Told):
             jobs = (
                 "1 job saves and ends" if len(handles) == 1 else f"{len(handles)} jobs save and end"
             )
-            print(f"{jobs}; Ctrl-C again ends them at once", flush=True)
+            them = "it" if len(handles) == 1 else "them"
+            print(f"{jobs}; Ctrl-C again ends {them} at once", flush=True)
 
     def _say(self, job: Job, text: str) -> None:
         number = self._numbers[job.name]

@@ -1,4 +1,4 @@
-"""The jobs of a sweep: values multiplied out, tied together or named; what is refused, all at once."""
+"""The jobs of a sweep: values multiplied out, tied together or named; and what is refused."""
 
 from pathlib import Path
 
@@ -44,7 +44,12 @@ def own_option(folder: Path, group: str, name: str, text: str) -> None:
 
 def test_every_combination_in_the_order_typed() -> None:
     assert expand({}, ["a=1,2", "b=3", "c=x,y"], []) == (
-        [["a=1", "b=3", "c=x"], ["a=1", "b=3", "c=y"], ["a=2", "b=3", "c=x"], ["a=2", "b=3", "c=y"]],
+        [
+            ["a=1", "b=3", "c=x"],
+            ["a=1", "b=3", "c=y"],
+            ["a=2", "b=3", "c=x"],
+            ["a=2", "b=3", "c=y"],
+        ],
         [],
     )
 
@@ -153,7 +158,7 @@ def test_a_place_implies_a_sweep_of_one_and_brings_its_hardware() -> None:
         (["hydra.sweeper.dry_run=true"], ["has no effect without --multirun; add --multirun"]),
         (["-m", "run.seed=0,0"], ["run.seed=0: two jobs of the sweep are the same run"]),
         (["-m", "optimizer.lr=interval(0,1)"], ["search: hydra/sweeper=sdx_search"]),
-        (["-m", "optimizer.lr=1e-5,x", "modle=3"], ["optimizer.lr=x: must be", "modle=3: unknown"]),
+        (["-m", "optimizer.lr=1e-5,x", "modle=3"], ["modle=3: unknown", "optimizer.lr=x: must be"]),
         (["-m", "hydra.sweeper.params.run.seed=1"], ["for files in conf/sweep; type run.seed=1"]),
         (["-m", "sweep=lrr"], ["sweep=lrr: no such option; did you mean sweep=lr?"]),
     ],
