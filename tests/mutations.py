@@ -612,6 +612,43 @@ MUTATIONS = (
             "test_jobs_run_the_code_of_the_moment_they_were_handed_in",
         ),
     ),
+    Mutation(
+        "a search that was cut off asks its first trials again",
+        "launchers/sdx_launchers/study.py",
+        "seed = (settings.seed * _SPREAD + number) % 2**32",
+        "seed = settings.seed",
+        ("tests/launchers/test_study.py::test_seeds_repeat_however_often_the_search_was_cut_off",),
+    ),
+    Mutation(
+        "trials that a killed search was running are forgotten",
+        "launchers/sdx_launchers/trials.py",
+        "self._before.extend(self.study.running())",
+        "self._before.extend([])",
+        (
+            "tests/launchers/test_search.py::"
+            "test_a_search_killed_anywhere_goes_on_with_the_same_runs",
+        ),
+    ),
+    Mutation(
+        "a run is stopped by what was asked of the start before",
+        "sdx/record/run.py",
+        "paths.stop.unlink(missing_ok=True)",
+        "paths.stop",
+        (
+            "tests/record/test_stop_request.py::"
+            "test_the_same_start_goes_on_and_hears_nothing_of_before",
+        ),
+    ),
+    Mutation(
+        "jobs that run at the same time share all cores",
+        "launchers/sdx_launchers/local.py",
+        'with open(path, "ab") as log, _on(share):',
+        'with open(path, "ab") as log:',
+        (
+            "tests/launchers/test_local.py::"
+            "test_two_jobs_have_their_own_cores_and_save_when_their_sweep_is_killed",
+        ),
+    ),
 )
 
 
