@@ -28,6 +28,8 @@ PIPELINE = "tests/test_pipeline.py"
 STEP = "tests/training/test_step.py"
 CHECKPOINTS = "tests/training/test_checkpoint_processes.py"
 PROCESSES = "tests/experiment/test_processes.py"
+TPU = "tests/launchers/test_tpu.py"
+TPU_STRAYS = "tests/launchers/test_tpu_strays.py"
 
 
 @dataclass(frozen=True)
@@ -648,6 +650,37 @@ MUTATIONS = (
             "tests/launchers/test_local.py::"
             "test_two_jobs_have_their_own_cores_and_save_when_their_sweep_is_killed",
         ),
+    ),
+    Mutation(
+        "TPUs of other owners are strays too",
+        "launchers/sdx_launchers/tpu_strays.py",
+        "if found.labels.get(OWNER) == owner]",
+        "if OWNER in found.labels]",
+        (f"{TPU_STRAYS}::test_only_ones_own_expired_leases_are_deleted",),
+    ),
+    Mutation(
+        "only a launcher of this machine vouches for a TPU, no lease does",
+        "launchers/sdx_launchers/tpu_strays.py",
+        "return max(map(lease_end, current)) > time.time()",
+        "return False",
+        (f"{TPU_STRAYS}::test_only_ones_own_expired_leases_are_deleted",),
+    ),
+    Mutation(
+        "a TPU's name is written down after it was asked for",
+        "launchers/sdx_launchers/tpu_pool.py",
+        "        operation = self._tpus.create(request)",
+        "        self._ledger.strike(name)\n        operation = self._tpus.create(request)",
+        (
+            f"{TPU}::test_its_name_is_on_the_ledger_before_it_is_asked_for",
+            f"{TPU_STRAYS}::test_what_a_killed_launcher_left_is_deleted_by_the_next_start",
+        ),
+    ),
+    Mutation(
+        "exit code 75 on a preempted TPU ends the job",
+        "launchers/sdx_launchers/tpu_run.py",
+        "why = self._look(tpu, _LOOKS.get(end.code, 1))",
+        "why = None if end.code == 75 else self._look(tpu, _LOOKS.get(end.code, 1))",
+        (f"{TPU}::test_a_preempted_job_goes_on_with_another_tpu",),
     ),
 )
 

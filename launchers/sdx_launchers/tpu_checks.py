@@ -53,9 +53,6 @@ def _hardware_problems(settings: TpuSettings, job: Job) -> Iterator[Problem]:
         fix = "use run_on=tpu_v4_32 and the like, which bring theirs"
         yield Problem("hardware", hardware.name, "is not a TPU", fix)
         return
-    if settings.num_slices not in (None, hardware.num_slices):
-        rule = f"must be hardware.num_slices={hardware.num_slices}"
-        yield Problem("hydra.launcher.num_slices", str(settings.num_slices), rule, "leave it out")
     if hardware.num_devices is None:
         fix = "use a preset such as hardware=tpu_v4_32, or give its counts"
         yield Problem("hardware.num_devices", "null", "must be known before there is a TPU", fix)

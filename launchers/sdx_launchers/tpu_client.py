@@ -91,7 +91,7 @@ class Tpus:
 
         message = tpu_v2.CreateQueuedResourceRequest.from_json(json.dumps(request))
         try:
-            return self._call(self._client.create_queued_resource, message)
+            return self._call(self._client.create_queued_resource, message, AlreadyExists)
         except AlreadyExists:  # the answer to an earlier try was lost; the name is ours alone
             return None
 
@@ -113,7 +113,7 @@ class Tpus:
 
         message = tpu_v2.GetQueuedResourceRequest(name=self.place.queued(name))
         try:
-            return _as_queued(self._call(self._client.get_queued_resource, message))
+            return _as_queued(self._call(self._client.get_queued_resource, message, NotFound))
         except NotFound:
             return None
 
@@ -140,7 +140,7 @@ class Tpus:
 
         message = tpu_v2.GetNodeRequest(name=self.place.node(name))
         try:
-            return _as_node(self._call(self._client.get_node, message))
+            return _as_node(self._call(self._client.get_node, message, NotFound))
         except NotFound:
             return None
 
@@ -156,7 +156,7 @@ class Tpus:
             update_mask=field_mask_pb2.FieldMask(paths=["labels"]),
         )
         try:
-            operation = self._call(self._client.update_node, message)
+            operation = self._call(self._client.update_node, message, NotFound)
             self._guarded(lambda: operation.result(polling=self._polling()))
         except NotFound:
             raise LaunchError(f"{name}: is gone.") from None
@@ -180,7 +180,8 @@ class Tpus:
         request = deletion(self.place, name)
         message = tpu_v2.DeleteQueuedResourceRequest.from_json(json.dumps(request))
         try:
-            self._call(self._client.delete_queued_resource, message)
+            expected = (NotFound, FailedPrecondition, Aborted)
+            self._call(self._client.delete_queued_resource, message, *expected)
         except NotFound:
             return any([self._delete_node(node) for node in node_ids])
         except (FailedPrecondition, Aborted):  # it is being made, or deleted
@@ -195,7 +196,7 @@ class Tpus:
 
         try:
             message = tpu_v2.DeleteNodeRequest(name=self.place.node(name))
-            self._call(self._client.delete_node, message)
+            self._call(self._client.delete_node, message, NotFound, FailedPrecondition)
         except NotFound:
             return False
         except FailedPrecondition:
@@ -206,25 +207,22 @@ class Tpus:
         call = getattr(self._client, method)
         return call(request=message, retry=self._retry(), timeout=_CALL_S)
 
-    def _call(self, method: Callable[..., Result], message: Any) -> Result:
-        """Asked again while the API is away; its refusals explained, but for those that callers
-        expect."""
-        return self._guarded(lambda: method(request=message, retry=self._retry(), timeout=_CALL_S))
+    def _call(
+        self, method: Callable[..., Result], message: Any, *expected: type[Exception]
+    ) -> Result:
+        """Asked again while the API is away; its refusals explained, but those that are
+        `expected`."""
+        options = {"retry": self._retry(), "timeout": _CALL_S}
+        return self._guarded(lambda: method(request=message, **options), *expected)
 
-    def _guarded(self, act: Callable[[], Result]) -> Result:
-        from google.api_core import exceptions
+    def _guarded(self, act: Callable[[], Result], *expected: type[Exception]) -> Result:
+        from google.api_core.exceptions import GoogleAPIError
 
-        expected = (
-            exceptions.NotFound,
-            exceptions.AlreadyExists,
-            exceptions.FailedPrecondition,
-            exceptions.Aborted,
-        )
         try:
             return act()
         except expected:
             raise
-        except (exceptions.GoogleAPIError, OSError) as error:
+        except (GoogleAPIError, OSError) as error:
             raise _explained(self.place, error) from error
 
     def _polling(self) -> Any:

@@ -141,7 +141,7 @@ class Pool:
                     return f"{name} is {'gone' if node is None else node.state}"
             found = self._tpus.queued(tpu.name)
         except LaunchError as error:
-            _say(str(error))
+            say(str(error))
             return None
         if found is None or found.is_gone:
             return f"{tpu.name} is {'gone' if found is None else found.state}"
@@ -160,7 +160,7 @@ class Pool:
                 self._remove(name)
                 if time.monotonic() + pause > deadline:
                     raise LaunchError(self._too_late(str(error))) from None
-                _say(f"{error}; asked again in {pause:.0f} s")
+                say(f"{error}; asked again in {pause:.0f} s")
             except BaseException:
                 self._remove(name)
                 raise
@@ -238,7 +238,7 @@ class Pool:
                 time.sleep(_SETTLE_S)
                 if all(self._is_ours(name) for name in tpu.node_ids):
                     self._ledger.note(self._tpus.place, tpu.name, self._owner, self._holder)
-                    _say(f"{tpu.name}: kept by an earlier sweep, used again")
+                    say(f"{tpu.name}: kept by an earlier sweep, used again")
                     return tpu
         return None
 
@@ -271,7 +271,7 @@ class Pool:
             for name in tpu.node_ids:
                 self._tpus.relabel(name, self._labels(self._lease_s))
         except LaunchError as error:  # whether it is lost, its job finds out
-            _say(f"{tpu.name}: its lease was not renewed ({error})")
+            say(f"{tpu.name}: its lease was not renewed ({error})")
 
     def _leave(self, tpu: Tpu) -> None:
         """As it is, free for the next sweep."""
@@ -280,20 +280,21 @@ class Pool:
                 self._tpus.relabel(name, self._labels(0))
             self._ledger.strike(tpu.name)
             where = delete_by_hand(self._tpus.place, tpu.name)
-            _say(f"{tpu.name}: kept (keep=true), and costs money; {where}")
+            say(f"{tpu.name}: kept (keep=true), and costs money; {where}")
         except LaunchError as error:
-            _say(f"{tpu.name}: {error}")
+            say(f"{tpu.name}: {error}")
 
     def _end(self, tpu: Tpu) -> None:
         try:
             self._remove(tpu.name)
         except LaunchError as error:
-            _say(f"{error}\nfix: python -m sdx.runs --sweep-up")
+            say(f"{error}\nfix: python -m sdx.runs --sweep-up")
 
     def _remove(self, name: str) -> None:
+        say(f"{name}: is being deleted")
         self._tpus.delete(name, self._spec.node_ids(name))
         self._ledger.strike(name)
-        _say(f"{name}: deleted")
+        say(f"{name}: deleted")
 
     def _labels(self, lasts_s: float) -> Mapping[str, str]:
         until = time.time() + lasts_s
@@ -320,8 +321,9 @@ class _Said:
         waited = time.monotonic() - self._begin
         if state != self._last[0] or waited - self._last[1] > _SAY_AGAIN_S:
             self._last = (state, waited)
-            _say(f"{self._name}: {state} ({waited / 60:.0f} min)")
+            say(f"{self._name}: {state} ({waited / 60:.0f} min)")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """A line for the person, beside what the jobs say."""
     print(f"sdx: {text}", file=sys.stderr, flush=True)

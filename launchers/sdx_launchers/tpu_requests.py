@@ -97,12 +97,12 @@ class Spec:
 
 
 def spec_of(settings: TpuSettings, num_slices: int) -> Spec:
-    """What `settings`, found to be sound, ask for."""
+    """What `settings`, found to be sound, ask for, that many slices together."""
     assert settings.accelerator_type is not None and settings.runtime_version is not None
     return Spec(
         accelerator_type=settings.accelerator_type,
         runtime_version=settings.runtime_version,
-        num_slices=settings.num_slices or num_slices,
+        num_slices=num_slices,
         provisioning=settings.provisioning,
         reservation=settings.reservation,
         network=settings.network,

@@ -1,6 +1,5 @@
 """One job on TPUs: brought to one, watched, and taken to the next when that one is lost."""
 
-import sys
 import threading
 import time
 import traceback
@@ -17,7 +16,7 @@ from sdx_launchers.jobs import Ended, Job, LaunchError
 from sdx_launchers.launch_record import job_command, write_launch
 from sdx_launchers.remote_processes import RemoteEnd, RemoteProcesses
 from sdx_launchers.ssh import Host
-from sdx_launchers.tpu_pool import Cancelled, Pool, Tpu
+from sdx_launchers.tpu_pool import Cancelled, Pool, Tpu, say
 from sdx_launchers.workers import ConnectionLost, Worker, Workers
 
 LAUNCHER = "sdx_tpu"
@@ -104,7 +103,7 @@ class TpuRun:
             if losses > self._settings.retries:
                 reason = f"lost its TPU {losses} times, at last: {outcome}"
                 return Ended(Status.interrupted, f"{reason}; the same command goes on")
-            _say(f"{self.job.name}: {outcome}; it goes on, {losses} of {self._settings.retries}")
+            say(f"{self.job.name}: {outcome}; it goes on, {losses} of {self._settings.retries}")
 
     def _leave_lost(self, tpu: Tpu) -> None:
         """One that lives in spite of all is tried again: another one may take hours to come."""
@@ -229,7 +228,3 @@ def worker_argv(job: Job, first: Host, worker: Worker, number: int) -> list[str]
         f"distributed.num_processes={hardware.num_hosts}",
         f"distributed.process_id={number}",
     ]
-
-
-def _say(text: str) -> None:
-    print(f"sdx: {text}", file=sys.stderr, flush=True)

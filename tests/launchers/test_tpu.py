@@ -86,13 +86,21 @@ def creations(server: TpuServer) -> list[str]:
 def test_a_tpu_is_asked_for_used_and_deleted(
     server: TpuServer, endpoint: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    script = Script()
-    assert ends(endpoint, tmp_path, script) == [Ended(Status.finished)]
+    """The person sees where in the queue it is."""
+    script, said = Script(), ""
+    server.queue = QUEUE[:3]
+    with launching(make_settings(endpoint, tmp_path), script) as launcher:
+        [handle] = launcher.start([make_job(tmp_path)], None)
+        while "WAITING_FOR_RESOURCES" not in said:
+            assert handle.poll() is None
+            said += capfd.readouterr().err
+        server.go_on()
+        assert end_of(handle) == Ended(Status.finished)
     [name] = creations(server)
     assert name.startswith("sdx-ann-")
     assert [host.address for host in script.hosts[0]] == list(server.addresses)
     assert server.names() == [] and Ledger().entries() == []
-    said = capfd.readouterr().err
+    said += capfd.readouterr().err
     assert f"{name}: WAITING_FOR_RESOURCES" in said and f"{name}: deleted" in said
 
 
@@ -156,7 +164,7 @@ def test_an_api_that_is_away_is_asked_again(
 def test_a_tpu_that_does_not_come_in_time_is_deleted(
     server: TpuServer, endpoint: str, tmp_path: Path
 ) -> None:
-    server.queue = QUEUE[:3]
+    server.queue, server.step_s = QUEUE[:3], 0.001
     [ended] = ends(endpoint, tmp_path, Script(), startup_timeout_min=0.005)
     assert ended.status is Status.failed and ended.reason is not None
     assert "startup_timeout_min=0.005" in ended.reason

@@ -94,7 +94,6 @@ def test_what_is_no_name_is_refused(text: str, tmp_path: Path) -> None:
         ({"accelerator_type": None}, "hydra.launcher.accelerator_type=null: missing"),
         ({"runtime_version": None}, "hydra.launcher.runtime_version=null: missing"),
         ({"reservation": "ours"}, "is of reserved TPUs; add hydra.launcher.provisioning=reserved"),
-        ({"num_slices": 2}, "hydra.launcher.num_slices=2: must be hardware.num_slices=1"),
         ({"accelerator_type": "v4-64"}, "v4-64: has 32 devices, hardware=tpu_v4_32 wants 16 in 1"),
         ({"mounts": ["/nowhere/at/all"]}, "hydra.launcher.mounts=/nowhere/at/all: is not here"),
         ({"mounts": ["here"]}, "hydra.launcher.mounts=here: must be an absolute path"),

@@ -1,7 +1,7 @@
 """A stand-in for the Cloud TPU API: queued resources that come with time, or do not.
 
-google-cloud-tpu's own messages over gRPC without TLS, as `hydra.launcher.api_endpoint` is spoken to.
-A test holds the server in its own process, or starts it as one:
+google-cloud-tpu's own messages over gRPC without TLS, as `hydra.launcher.api_endpoint` is spoken
+to. A test holds the server in its own process, or starts it as one:
 
     python -m tests.launchers.tpu_server [--addresses 127.0.0.1,127.0.0.2] [--step_s 0.1]
 
@@ -93,6 +93,13 @@ class TpuServer:
             for node in self._nodes.values():
                 if node.queued_resource.endswith(f"/{name}"):
                     node.state = tpu_v2.Node.State[node_state]
+
+    def go_on(self) -> None:
+        """All that waits goes through the whole queue after all."""
+        with self._lock:
+            self.queue = QUEUE
+            for order in self._orders.values():
+                order.queue = QUEUE
 
     def names(self, state: str | None = None) -> list[str]:
         """Queued resources that are there, or in that state."""
