@@ -28,6 +28,7 @@ PIPELINE = "tests/test_pipeline.py"
 STEP = "tests/training/test_step.py"
 CHECKPOINTS = "tests/training/test_checkpoint_processes.py"
 PROCESSES = "tests/experiment/test_processes.py"
+WORKERS = "tests/launchers/test_workers.py"
 TPU = "tests/launchers/test_tpu.py"
 TPU_STRAYS = "tests/launchers/test_tpu_strays.py"
 
@@ -603,6 +604,36 @@ MUTATIONS = (
             "tests/launchers/test_slurm_requeue.py::"
             "test_a_detached_sweep_returns_with_the_ids_of_its_jobs",
         ),
+    ),
+    Mutation(
+        "a job on a TPU worker that ends with 255 is a lost connection",
+        "launchers/sdx_launchers/remote_processes.py",
+        "if line.startswith(self.token):",
+        "if line.startswith(self.token) and self.client.returncode != 255:",
+        (f"{WORKERS}::test_one_failure_ends_all_and_says_whose_it_was",),
+    ),
+    Mutation(
+        "another machine at the address of a TPU worker is trusted",
+        "launchers/sdx_launchers/ssh.py",
+        '"StrictHostKeyChecking": "accept-new"',
+        '"StrictHostKeyChecking": "no"',
+        (
+            f"{WORKERS}::test_a_worker_whose_sshd_comes_late_is_waited_for_and_another_key_is_refused",
+        ),
+    ),
+    Mutation(
+        "TPU workers get the whole environment of the launching side",
+        "launchers/sdx_launchers/workers.py",
+        "{name: os.environ[name] for name in names}",
+        "dict(os.environ)",
+        (f"{WORKERS}::test_a_command_instead_of_ssh_and_a_token_that_is_written_nowhere",),
+    ),
+    Mutation(
+        "a job on a TPU worker is asked to stop together with what works for it",
+        "launchers/sdx_launchers/supervise.py",
+        "self.process.send_signal(signal.SIGTERM)",
+        "os.killpg(self.process.pid, signal.SIGTERM)",
+        ("tests/launchers/test_supervise.py::test_what_works_for_the_job_lives_while_it_saves",),
     ),
     Mutation(
         "jobs of SLURM run the code of the moment they start",
