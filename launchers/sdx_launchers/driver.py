@@ -6,16 +6,15 @@ any point, the same command finds in the records what there is still to do.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from sdx.config.errors import ConfigError, Problem
-from sdx.config.launching import LAUNCHERS, GridSettings, LauncherSettings
+from sdx.config.launching import GridSettings, LauncherSettings
 from sdx.config.sweeping import SweepRequest, is_of_hydra
 from sdx.record.files import DamagedRecord
 from sdx.record.lock import RefusedStart
@@ -23,9 +22,9 @@ from sdx.record.status import Status
 from sdx.record.store import StoreError
 from sdx_launchers import course, summary
 from sdx_launchers.course import Course
-from sdx_launchers.jobs import Handle, Job, Launcher
+from sdx_launchers.jobs import Job, Launcher
 from sdx_launchers.objective import Objective, parse_objective
-from sdx_launchers.places import make_launcher
+from sdx_launchers.places import attach_by, make_launcher
 from sdx_launchers.plan import differing, label, show_plan, shown_path
 from sdx_launchers.runs_table import print_table
 from sdx_launchers.standing import Standing, look
@@ -176,14 +175,7 @@ def _status(standing: Standing, jobs: Course, todo: set[str]) -> Status | None:
 
 def _survey(prepared: Prepared) -> list[Standing]:
     """How the jobs stand, those included that were started by another launcher before."""
-
-    def attach(job: Job, launch: Mapping[str, Any]) -> Handle | None:
-        name = launch["launcher"]
-        if name == prepared.launcher_name:
-            return prepared.launcher.attach(job, launch)
-        return make_launcher(name, LAUNCHERS[name]()).attach(job, launch)
-
-    return look(prepared.jobs, attach)
+    return look(prepared.jobs, attach_by(prepared.launcher_name, prepared.launcher))
 
 
 def _show(prepared: Prepared, settings: GridSettings, standings: Sequence[Standing]) -> None:

@@ -13,6 +13,7 @@ from sdx.record.store import StoreError
 from sdx_launchers.course import Course
 from sdx_launchers.jobs import Ended, Job
 from sdx_launchers.objective import Objective
+from sdx_launchers.places import attach_by
 from sdx_launchers.standing import look
 from sdx_launchers.stop_signals import StopSignals
 from sdx_launchers.study import Study, Trial
@@ -106,15 +107,16 @@ class Trials:
 
     def _start(self, job: Job) -> None:
         """Starts the run, waits for one that an earlier start began, or ends what has ended."""
-        [standing] = look([job], self.course.launcher.attach)
+        course = self.course
+        [standing] = look([job], attach_by(course.launcher_name, course.launcher))
         if standing.handle is not None:
             self._running[job.name].is_attached = True
-            self.course.attach(standing.handle)
+            course.attach(standing.handle)
             return
         if standing.is_to_start(self.study.settings.retry_failed):
-            self.course.start([standing])
-            if job.name in self.course.ended:  # it could not be started
-                self._end(job.name, self.course.ended[job.name])
+            course.start([standing])
+            if job.name in course.ended:  # it could not be started
+                self._end(job.name, course.ended[job.name])
             return
         assert standing.status is not None
         self._end(job.name, Ended(standing.status, standing.reason))
