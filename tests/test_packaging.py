@@ -86,6 +86,30 @@ def test_wheel_trains_from_another_folder(wheel_python: Path, tmp_path: Path) ->
     assert len(metrics.read_text().splitlines()) >= 1
 
 
+SWEEP = ["--multirun", "run.seed=0,1", "hydra.sweeper.dry_run=true", "debug=fast"]
+
+
+def test_the_wheel_finds_its_sweepers_and_launchers(wheel_python: Path, tmp_path: Path) -> None:
+    shown = run(wheel_python, tmp_path, *SWEEP)
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert "2 jobs on local" in shown.stdout and list(tmp_path.iterdir()) == []
+
+
+def test_a_checkout_that_is_not_installed_finds_them(
+    wheel_python: Path, tmp_path: Path, repository: Path
+) -> None:
+    """Typed in the checkout: its own launchers come before those of an sdx that is installed."""
+    shown = run(wheel_python, repository, *SWEEP, f"run.output_dir={tmp_path / 'runs'}")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert "2 jobs on local" in shown.stdout and list(tmp_path.iterdir()) == []
+    where = "import sdx.config.compose as c; c.register(); import sdx_launchers as s; print(s)"
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    found = subprocess.run(
+        [wheel_python, "-c", where], cwd=repository, env=clean, capture_output=True, text=True
+    )
+    assert str(repository / "launchers") in found.stdout, found.stdout + found.stderr
+
+
 PLUGIN = """
 import numpy as np
 from sdx.data.source import Example

@@ -245,7 +245,7 @@ def test_hydra_writes_nothing_wherever_a_launcher_runs_it() -> None:
 
 
 def test_every_group_but_the_presets_has_a_default() -> None:
-    assert set(group_options([CONF])) - set(default_options()) == {"experiment", "debug"}
+    assert set(group_options([CONF])) - set(default_options()) == {"experiment", "sweep", "debug"}
 
 
 def test_a_mapping_takes_keys_from_the_command_line_and_from_files(tmp_path: Path) -> None:
