@@ -101,6 +101,7 @@ def _saved(arguments: Arguments, adjust: Adjust | None) -> Config:
 
 def _launch(request: "SweepRequest", config_dir: Path | None) -> int:
     """The sweep, by the sweeper and the launcher that Hydra finds."""
+    from sdx.config.hydra_keys import for_hydra
 
     def task(_: object) -> None:
         raise AssertionError("jobs are processes of their own")
@@ -109,7 +110,8 @@ def _launch(request: "SweepRequest", config_dir: Path | None) -> int:
     with tempfile.TemporaryDirectory() as scratch:  # Hydra insists on writing a multirun.yaml
         quoted = scratch.replace("'", "\\'")
         where = [f"hydra.sweep.dir='{quoted}'", "hydra.sweep.subdir=."]
-        _hydra(request.command, ["--multirun", *request.overrides, *where], config_dir, task)
+        overrides = [for_hydra(text) for text in request.overrides]
+        _hydra(request.command, ["--multirun", *overrides, *where], config_dir, task)
     return request.exit_code
 
 

@@ -53,12 +53,19 @@ def fixed(overrides: Sequence[str]) -> tuple[list[str], list[Problem]]:
     return kept, problems
 
 
-def without_effect(overrides: Sequence[str]) -> Iterator[Problem]:
+def without_effect(
+    overrides: Sequence[str], rule: str = "without --multirun", fix: str = "add --multirun"
+) -> Iterator[Problem]:
     """Hydra ignores launchers and sweepers in silence unless it runs many jobs."""
     for text in overrides:
         if is_key(text) or is_choice(text):
             key, _, got = text.lstrip("+").partition("=")
-            yield Problem(key, got, "has no effect without --multirun", "add --multirun")
+            yield Problem(key, got, f"has no effect {rule}", fix)
+
+
+def for_hydra(overrides: Sequence[str]) -> list[str]:
+    """Overrides as Hydra takes them: it adds no keys to a mapping without being told to."""
+    return [f"++{text.lstrip('+')}" if is_key(text) else text for text in overrides]
 
 
 def known_choices(overrides: Sequence[str]) -> tuple[list[str], list[Problem]]:
@@ -109,6 +116,19 @@ def judge(texts: Sequence[str], choices: Mapping[str, str]) -> Iterator[Problem]
         if cls is None:
             continue  # a sweeper of someone else, whose keys Hydra knows
         yield from _judge_key(override, kind, name, choices[kind], leaves_of(cls), cls)
+
+
+def for_hydra(text: str) -> str:
+    """An override as Hydra takes it, which adds keys to a mapping only where it is told to."""
+    parts = text.lstrip("+").partition("=")[0].split(".")
+    kind, name = (parts[1], parts[2]) if is_key(text) else ("", "")
+    mappings = {
+        name
+        for cls in OPTIONS.get(kind, {}).values()
+        for name, leaf in leaves_of(cls).items()
+        if leaf.kind is dict
+    }
+    return f"++{text.lstrip('+')}" if name in mappings else text
 
 
 def sweeper_settings(

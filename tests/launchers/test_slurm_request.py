@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from sdx.config.hydra_keys import for_hydra
 from sdx_launchers.slurm_request import Request, job_problems, request_of, settings_problems
 from tests.launchers.slurm_jobs import make_job, make_settings, slurm_config
 
@@ -119,3 +120,16 @@ def test_hardware_that_no_such_job_has(
 def test_folders_that_slurm_would_misread(folder: str) -> None:
     job = make_job(root=make_job().folder / folder)
     assert [p.path for p in job_problems(make_settings(), [job])] == ["run.output_dir"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "given"),
+    [
+        ("hydra.launcher.additional_parameters={begin: 16:00}", "++"),
+        ("hydra.launcher.additional_parameters.begin=now", "++"),
+        ("hydra.launcher.setup=[module load cuda]", ""),
+        ("optimizer.lr=1e-5,5e-6", ""),
+    ],
+)
+def test_mappings_are_added_to_without_a_plus(typed: str, given: str) -> None:
+    assert for_hydra(typed) == f"{given}{typed}"
