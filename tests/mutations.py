@@ -431,8 +431,8 @@ MUTATIONS = (
     Mutation(
         "the index that a process makes of its own part goes to the store",
         "sdx/training/process_parts.py",
-        "    _keep_own_part(draft)\n    files",
-        "    files",
+        "        _keep_own_part(draft)\n        files",
+        "        files",
         (f"{CHECKPOINTS}::test_hosts_without_a_common_disk_write_to_a_store",),
     ),
     Mutation(

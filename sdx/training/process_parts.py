@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 
 from sdx.parallel.agreement import is_first, mark, process_count, process_index, take_marks
 from sdx.record.scratch import scratch_folder
+from sdx.record.store import StoreError
 from sdx.training.step_folder import FileProof, prove_files
 from sdx.training.step_place import StepPlace
 
@@ -53,19 +54,27 @@ def writer(*, is_shared: bool) -> ocp.AsyncCheckpointer:
 
 def proofs_of_all(place: StepPlace, step: int, draft: Path, save: int) -> dict[str, FileProof]:
     """Of every file of a step that Orbax has written, once they are where they belong; of many
-    processes in the first. `save` is this save's number in all of them."""
+    processes in the first. `save` is this save's number in all of them. StoreError in the first
+    where another one's part could not be brought; in that one the error itself."""
     if place.is_shared:
         return prove_files(draft) if is_first() else {}
-    _keep_own_part(draft)
-    files = prove_files(draft)
-    place.bring(step)
+    event = f"saved/{save}"
+    try:
+        _keep_own_part(draft)
+        files = prove_files(draft)
+        place.bring(step)
+    except Exception as error:
+        mark(event, f"{type(error).__name__}: {error}")
+        raise
     if process_count() == 1:
         return files
-    mark(event := f"saved/{save}", files)
+    mark(event, files)
     proofs = take_marks(event) if is_first() else []
     while proofs is None:
         time.sleep(_LOOK_EVERY_S)
         proofs = take_marks(event)
+    if reasons := [told for told in proofs if isinstance(told, str)]:
+        raise StoreError(f"a part of checkpoint {step} could not be saved: {reasons[0]}")
     return {name: proof for files in proofs for name, proof in files.items()}
 
 

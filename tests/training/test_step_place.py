@@ -17,7 +17,7 @@ import pytest
 from sdx.record import store
 from sdx.record.scratch import scratch_folder
 from sdx.record.store import ObjectPath, StoreError, as_path, upload
-from sdx.training import step_place
+from sdx.training import process_parts, step_place
 from sdx.training.checkpoint import Checkpointer, NoValidCheckpoint, restore_params
 from tests.training.test_checkpoint import (
     ABSTRACT,
@@ -245,3 +245,29 @@ def test_a_scratch_folder_in_use_is_left_alone(scratch: Path) -> None:
         with scratch_folder() as second:
             assert first.is_dir() and second.is_dir() and first != second
     assert not list(scratch.iterdir())
+
+
+@pytest.mark.fast
+def test_the_first_process_waits_for_all_and_hears_of_a_part_that_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Place(step_place.ObjectPlace):
+        def bring(self, step: int) -> None:
+            events.append("brought")
+
+    events, answers = list[Any](), [None, [{"state/a": ["1", 1]}, {"state/b": ["2", 2]}]]
+    (tmp_path / "state" / "ocdbt.process_0").mkdir(parents=True)
+    monkeypatch.setattr(process_parts, "process_count", lambda: 2)
+    monkeypatch.setattr(process_parts, "mark", lambda event, value: events.append(value))
+    monkeypatch.setattr(process_parts, "take_marks", lambda event: answers.pop(0))
+    place = Place(ObjectPath("s3", "bucket/checkpoints"))
+    proofs = process_parts.proofs_of_all(place, 5, tmp_path, 0)
+    assert proofs == {"state/a": ["1", 1], "state/b": ["2", 2]}
+    assert events == ["brought", {}], "told when it is there"
+    answers.append(["StoreError: far away", {}])
+    with pytest.raises(StoreError, match="checkpoint 5 could not be saved: StoreError: far away"):
+        process_parts.proofs_of_all(place, 5, tmp_path, 0)
+    monkeypatch.setattr(process_parts, "prove_files", lambda folder: int("none"))
+    with pytest.raises(ValueError, match="none"):
+        process_parts.proofs_of_all(place, 5, tmp_path, 0)
+    assert events[-1].startswith("ValueError: invalid literal"), "the first one hears of it"
