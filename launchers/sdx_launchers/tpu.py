@@ -134,8 +134,9 @@ class TpuLauncher:
         return Tpus(place, self._settings.poll_s, self._client)
 
     def _resolved(self) -> TpuSettings:
-        """With the project that the credentials name."""
-        return replace(self._settings, project=place_of(self._settings).project)
+        """With the project that the credentials name, and whose the TPUs are."""
+        project, owner = place_of(self._settings).project, owner_of(self._settings)
+        return replace(self._settings, project=project, owner=owner)
 
     def _taken(self, job: Job) -> Snapshot:
         if self._snapshot is None:

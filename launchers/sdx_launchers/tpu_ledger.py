@@ -56,17 +56,21 @@ class Ledger:
         """Everything that may still be there."""
         return [_entry(fields) for fields in _read(self._folder)]
 
-    def remember(self, place: Place) -> None:
-        """Notes that TPUs are asked for at `place`, so that strays are looked for there."""
+    def remember(self, place: Place, owner: str) -> None:
+        """Notes that TPUs of `owner` are asked for at `place`: strays are looked for there."""
         folder = self._folder / "places"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        key = hashlib.sha256(repr(place).encode()).hexdigest()[:16]
-        write_json(folder / f"{key}.json", asdict(place))
+        key = hashlib.sha256(repr((place, owner)).encode()).hexdigest()[:16]
+        write_json(folder / f"{key}.json", {"place": asdict(place), "owner": owner})
 
-    def places(self) -> list[Place]:
-        """Wherever TPUs were asked for."""
-        noted = [Place(**fields) for fields in _read(self._folder / "places")]
-        return list(dict.fromkeys([*noted, *(entry.place for entry in self.entries())]))
+    def places(self) -> list[tuple[Place, str]]:
+        """Wherever TPUs were asked for, and as whose."""
+        noted = [
+            (Place(**fields["place"]), str(fields["owner"]))
+            for fields in _read(self._folder / "places")
+        ]
+        listed = [(entry.place, entry.owner) for entry in self.entries()]
+        return list(dict.fromkeys([*noted, *listed]))
 
 
 def _state_folder() -> Path:

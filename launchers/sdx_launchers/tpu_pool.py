@@ -70,7 +70,7 @@ class Pool:
         self._keeper = threading.Thread(target=self._keep, name="sdx-tpu-lease", daemon=True)
 
     def __enter__(self) -> "Pool":
-        self._ledger.remember(self._tpus.place)
+        self._ledger.remember(self._tpus.place, self._owner)
         self._keeper.start()
         return self
 

@@ -51,23 +51,31 @@ def sweep_up(
 ) -> SweptUp:
     """Deletes the owner's strays wherever this user asked for TPUs, and where `settings` do.
 
-    Those that a sweep with keep=true left, and that nobody uses, go with `kept`.
+    Without an owner in `settings` it deletes those of every owner that this user ever named.
+
+    TPUs that a sweep with keep=true left, and that nobody uses, go with `kept`.
     """
     ledger, report = Ledger(), SweptUp()
     connect = connect or (lambda place: Tpus(place, settings.poll_s))
-    places = ledger.places()
-    try:
-        if settings.zone is not None:
-            places = list(dict.fromkeys([*places, place_of(settings)]))
-    except LaunchError as error:
-        report.faults.append(str(error))
-    for place in places:
+    for place, owner in _searched(settings, ledger, report):
         try:
-            tpus = connect(place)
-            _sweep_up_at(tpus, ledger, owner_of(settings), report, with_kept=kept)
+            _sweep_up_at(connect(place), ledger, owner, report, with_kept=kept)
         except LaunchError as error:
             report.faults.append(str(error))
     return report
+
+
+def _searched(settings: TpuSettings, ledger: Ledger, report: SweptUp) -> list[tuple[Place, str]]:
+    """Where to look for strays, and for whose."""
+    noted = ledger.places()
+    places = [place for place, _ in noted]
+    try:
+        if settings.zone is not None:
+            places.append(place_of(settings))
+    except LaunchError as error:
+        report.faults.append(str(error))
+    others = noted if settings.owner is None else []
+    return list(dict.fromkeys([*((place, owner_of(settings)) for place in places), *others]))
 
 
 def _sweep_up_at(

@@ -107,10 +107,12 @@ def test_a_launcher_of_this_machine_that_lives_vouches_for_its_own(
 def test_strays_are_looked_for_wherever_tpus_were_asked_for(
     server: TpuServer, settings: TpuSettings
 ) -> None:
-    """Without a word about zone, project or emulator."""
-    Ledger().remember(place_of(settings))
+    """Without a word about zone, project, emulator or owner."""
+    Ledger().remember(place_of(settings), "ann")
     make(settings, "mine", lease_s=-1)
-    assert sweep_up(TpuSettings(owner="ann", poll_s=0.02)).deleted == ["mine"]
+    make(settings, "anothers", lease_s=-1, owner="bob")
+    assert sweep_up(TpuSettings(poll_s=0.02)).deleted == ["mine"]
+    assert server.names() == ["anothers"]
 
 
 def test_what_cannot_be_deleted_is_said_and_stays_on_the_ledger(
