@@ -27,6 +27,7 @@ _FIELDS = ("node", "zone", "project", "worker", "host", "command")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _REMOTE_DIR = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9_./+@%-]*")
 _USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*\$?")  # with OS Login a service account's number
+_TAIL_BYTES = 1 << 16
 _ALIVE_EVERY_S, _ALIVE_COUNT = 15, 8  # two minutes without an answer are a lost connection
 
 
@@ -135,5 +136,8 @@ def start(argv: Sequence[str], stdout: int, stderr: int) -> "subprocess.Popen[by
 
 def last_lines(path: Path, count: int) -> str:
     """The last lines of a log that are not empty; their passwords and tokens blotted out."""
-    lines = [line.rstrip() for line in path.read_text(errors="replace").splitlines()]
-    return redact("\n".join([line for line in lines if line.strip()][-count:]))
+    with open(path, "rb") as log:
+        log.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        text = log.read().decode(errors="replace")
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    return redact("\n".join(lines[-count:]))

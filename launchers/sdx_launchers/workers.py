@@ -11,6 +11,7 @@ import os
 import secrets
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -176,6 +177,8 @@ class Workers:
         python = self._settings.python or str(root / "envs" / key / "bin" / "python")
         if f"envs/{key}/ready" not in found:
             script = self._bootstrap(root, root / "envs" / key, path, python)
+            if number == 0:  # of all of them it takes minutes
+                print(f"sdx: {host.node}: installing, see {log}", file=sys.stderr, flush=True)
             self._run(host, "bash -s", script.encode(), log, "the installation")
         places = tuple(path / part.relative_to(snapshot.path) for part in snapshot.python_path)
         return Worker(host, root, python, places)

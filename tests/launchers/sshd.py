@@ -91,8 +91,9 @@ class SshdWorker:
         shell = self.folder / "shell"
         shell.write_text(
             "#!/bin/bash\n"
-            f"cd {self.home} && exec env -i HOME={self.home} PATH=/usr/local/bin:/usr/bin:/bin "
-            f'{_MARK}={self._mark} bash -c "$SSH_ORIGINAL_COMMAND"\n'
+            f"mkdir -p {self.home}/tmp && cd {self.home} && exec env -i HOME={self.home} "
+            f"TMPDIR={self.home}/tmp PATH=/usr/local/bin:/usr/bin:/bin {_MARK}={self._mark} "
+            'bash -c "$SSH_ORIGINAL_COMMAND"\n'
         )
         shell.chmod(0o700)
         config = {
