@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any
 
-from sdx.config.errors import Problem
+from sdx.config.errors import ConfigError, Problem
 from sdx.config.launching import SlurmSettings
 from sdx.record.files import read_json
 from sdx.record.snapshot import take_snapshot
@@ -35,7 +35,7 @@ from sdx_launchers.launch_record import (
 from sdx_launchers.slurm_after import COUNTS, ENDED, STOPPED
 from sdx_launchers.slurm_queue import JobState, Queue, SchedulerError
 from sdx_launchers.slurm_request import Request, job_problems, request_of, settings_problems
-from sdx_launchers.slurm_script import Submission, discard, render, submit
+from sdx_launchers.slurm_script import Submission, check_possible, discard, render, submit
 
 NAME = "sdx_slurm"
 _SUBMISSIONS = "slurm"  # in a sweep's folder
@@ -100,6 +100,8 @@ class SlurmLauncher:
         handles: dict[str, SlurmHandle] = {}
         try:
             for submission in submissions:
+                check_possible(submission, self._settings)
+            for submission in submissions:
                 handles |= self._hand_in(submission)
             for submission in submissions:
                 self._release([handles[job.name] for job in submission.jobs])
@@ -139,11 +141,12 @@ class SlurmLauncher:
             request = request_of(self._settings, job.config.hardware)
             by_request.setdefault(request, []).append(job)
         if len(by_request) > 1 and max_parallel is not None:
-            raise LaunchError(
-                f"hydra.sweeper.max_parallel={max_parallel}: jobs on different hardware are "
-                f"{len(by_request)} arrays, each with its own limit; leave it out, or sweep each "
-                "hardware for itself."
+            rule = (
+                f"jobs on different hardware are {len(by_request)} arrays with limits of their own"
             )
+            fix = "leave it out, or sweep each hardware for itself"
+            path = "hydra.sweeper.max_parallel"
+            raise ConfigError([Problem(path, str(max_parallel), rule, fix)])
         folder = record_root(jobs[0].config) / SWEEPS / jobs[0].sweep / _SUBMISSIONS
         number = 1 + max((int(old.name) for old in folder.glob("[1-9]*")), default=0)
         submissions = []
@@ -158,7 +161,7 @@ class SlurmLauncher:
         for job in submission.jobs:
             for stale in (STOPPED, COUNTS, ENDED):
                 (job.folder / stale).unlink(missing_ok=True)
-            write_launch(job, NAME, "", name=submission.name)
+            write_launch(job, NAME, "", name=submission.name, released=False)
         handles = {}
         for job, id in zip(submission.jobs, submit(submission, self._settings), strict=True):
             logs = [str(path) for path in submission.logs(id)]
@@ -254,9 +257,10 @@ class SlurmHandle:
         status = _BY_STATE.get(state.state, Status.failed)
         if status is Status.finished:
             return Ended(status)
-        if status is Status.cancelled and self._stopped_at is not None:
-            return Ended(Status.interrupted, "stopped by its sweep")
-        noted = self._noted()
+        noted, was_stopped = self._noted(), (self.job.folder / STOPPED).exists()
+        if was_stopped and (status is Status.cancelled or noted is None):
+            is_ours = self._stopped_at is not None
+            return Ended(Status.interrupted if is_ours else Status.cancelled, "stopped")
         if status is Status.failed and noted is not None:
             return Ended(_BY_CODE.get(noted["code"], Status.failed), noted["reason"])
         log = Path(self.launch["logs"][0])

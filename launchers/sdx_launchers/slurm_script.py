@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +17,15 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from sdx.config.launching import SlurmSettings
+from sdx_launchers import slurm_queue
 from sdx_launchers.jobs import Job, LaunchError
 from sdx_launchers.launch_record import job_command
 from sdx_launchers.slurm_after import BEGINS, ENDED, SRUN_FAILED, STOPPED
+from sdx_launchers.slurm_queue import SchedulerError
 from sdx_launchers.slurm_request import Request
 
 _AFTER = "sdx_launchers.slurm_after"
+_IMPOSSIBLE = "Requested node configuration is not available"
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
 
 
@@ -62,6 +66,20 @@ def render(submission: Submission, settings: SlurmSettings) -> str:
     if len(submission.jobs) > 1:
         executor.parameters["map_count"] = len(submission.jobs)
     return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def check_possible(submission: Submission, settings: SlurmSettings) -> None:
+    """Raises LaunchError where no node of the cluster, busy or not, has what the jobs ask for;
+    sbatch takes held ones all the same, and they would wait for ever."""
+    with tempfile.TemporaryDirectory() as aside:
+        script = Path(aside) / "script.sh"
+        script.write_text(render(submission, settings))
+        try:
+            with _outside_of_jobs():
+                slurm_queue.call("sbatch", "--test-only", str(script))
+        except SchedulerError as error:  # others may pass, or are said again at submission
+            if _IMPOSSIBLE in str(error):
+                raise LaunchError(f"sbatch: {error}") from None
 
 
 def submit(submission: Submission, settings: SlurmSettings) -> list[str]:
