@@ -15,7 +15,7 @@ from typing import TypeAlias
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from sdx.config.errors import Problem
-from sdx.config.expansion import Values, tied
+from sdx.config.expansion import Values, listed, tied
 from sdx.config.leaves import groups, leaves, spelled
 from sdx.config.overrides import parse
 
@@ -109,7 +109,7 @@ def read_space(
     is wrong with it. What is typed adds to the named sweep, or replaces what that says of a key."""
     problems: list[Problem] = []
     found: dict[str, Override] = {}
-    for text in [*(f"{key}={values}" for key, values in params.items()), *typed]:
+    for text in [*(f"{key}={given}" for key, given in params.items()), *typed]:
         override = parse(text)
         if isinstance(override, Problem):
             problems.append(override)
@@ -118,39 +118,40 @@ def read_space(
         found[override.key_or_group] = override
     fixed = [each.input_line or "" for each in found.values() if not each.is_sweep_override()]
     swept = {key: each for key, each in found.items() if each.is_sweep_override()}
-    listed: dict[str, Values] = {}
-    axes: dict[str, Axis] = {}
-    for key, override in swept.items():
-        read = _read(override)
-        if isinstance(read, Problem):
-            problems.append(read)
-        elif isinstance(read, Numbers):
-            axes[key] = read
-        else:
-            listed[key] = read
-    ties, faults = tied(listed, zipped)
-    for keys in ties:
-        joined = zip(*(listed[key] for key in keys), strict=True)
-        options = {_label(texts): tuple(texts) for texts in joined}
-        axes[keys[0]] = Choices("+".join(keys), options)
+    axes, faults = _axes(swept, zipped)
     if not swept and not problems:
         fix = "give a key interval(LOW,HIGH) or several values"
         faults.append(Problem("hydra/sweeper", "sdx_search", "nothing is searched", fix))
-    space = Space(tuple(fixed), tuple(axes[key] for key in swept if key in axes))
-    return space, [*problems, *faults]
+    return Space(tuple(fixed), tuple(axes)), [*problems, *faults]
+
+
+def _axes(swept: Mapping[str, Override], zipped: Sequence[str]) -> tuple[list[Axis], list[Problem]]:
+    """An axis for each key, or for the keys that change together where the first of them stands."""
+    problems: list[Problem] = []
+    values: dict[str, Values] = {}
+    axes: dict[str, Axis] = {}
+    for key, override in swept.items():
+        sweep = override.value()
+        if not isinstance(sweep, IntervalSweep | RangeSweep):
+            values[key], fault = listed(override)
+            problems += [fault] if fault else []
+            continue
+        numbers = _numbers(override, sweep, override.get_key_element())
+        if isinstance(numbers, Problem):
+            problems.append(numbers)
+        else:
+            axes[key] = numbers
+    ties, faults = tied(values, zipped)
+    for keys in ties:
+        joined = zip(*(values[key] for key in keys), strict=True)
+        options = {_label(texts): tuple(texts) for texts in joined}
+        axes[keys[0]] = Choices("+".join(keys), options)
+    return [axes[key] for key in swept if key in axes], [*problems, *faults]
 
 
 def _label(texts: Sequence[str]) -> str:
     """The value of one key as typed; keys that change together are spelled out."""
     return texts[0].partition("=")[2] if len(texts) == 1 else " ".join(texts)
-
-
-def _read(override: Override) -> Numbers | Values | Problem:
-    """Numbers, or the overrides of each value of a list."""
-    sweep, name = override.value(), override.get_key_element()
-    if isinstance(sweep, IntervalSweep | RangeSweep):
-        return _numbers(override, sweep, name)
-    return [f"{name}={text}" for text in override.sweep_string_iterator()]
 
 
 def _numbers(override: Override, sweep: IntervalSweep | RangeSweep, name: str) -> Numbers | Problem:

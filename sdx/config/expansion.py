@@ -8,9 +8,10 @@ by `hydra.sweeper.zip` change together.
 import itertools
 from collections.abc import Mapping, Sequence
 
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 
 from sdx.config.errors import Problem, any_of, nearest
+from sdx.config.folders import group_options, option_folders
 from sdx.config.overrides import parse
 
 Values = list[str]
@@ -42,14 +43,27 @@ def expand(
 
 
 def _values(override: Override) -> tuple[Values, Problem | None]:
-    key = override.get_key_element()
     if not override.is_sweep_override():
         return [override.input_line or ""], None
     if not override.is_discrete_sweep():
         got = (override.input_line or "").partition("=")[2]
         fix = "name the values, or search: hydra/sweeper=sdx_search"
         return [], Problem(override.key_or_group, got, "has no list of values", fix)
-    return [f"{key}={value}" for value in override.sweep_string_iterator()], None
+    return listed(override)
+
+
+def listed(override: Override) -> tuple[Values, Problem | None]:
+    """The overrides of each value of a list, a range or a pattern of options."""
+    key, sweep = override.get_key_element(), override.value()
+    if not isinstance(sweep, Glob):
+        return [f"{key}={value}" for value in override.sweep_string_iterator()], None
+    options = group_options(option_folders()).get(override.key_or_group, [])
+    found = [f"{key}={name}" for name in sweep.filter(sorted(options))]
+    if found:
+        return found, None
+    got = (override.input_line or "").partition("=")[2]
+    rule, fix = "no option has such a name", f"there are {any_of(sorted(options))}"
+    return [], Problem(override.key_or_group, got, rule, fix if options else None)
 
 
 def tied(

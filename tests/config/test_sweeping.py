@@ -66,6 +66,15 @@ def test_hydras_grammar_of_values_is_all_there() -> None:
     assert quoted == [["c='a, b'", "d=[1,2]", "e={x:1}"]]
 
 
+def test_a_pattern_stands_for_the_options_that_fit() -> None:
+    batches, _ = expand({}, ["sampler=glob(dd*)"], [])
+    assert batches == [["sampler=ddim"], ["sampler=ddpm"]]
+    _, [problem] = expand({}, ["sampler=glob(ee*)"], [])
+    assert "no option has such a name" in str(problem) and "euler" in str(problem)
+    batches, _ = expand({}, ["sampler=glob([dd*,eu*],exclude=ddpm)"], [])
+    assert batches == [["sampler=ddim"], ["sampler=euler"]]
+
+
 def test_tied_keys_change_together() -> None:
     batches, _ = expand({}, ["a=1,2", "b=x,y", "c=3,4"], ["a+c"])
     assert batches == [["a=1", "c=3", *b] for b in (["b=x"], ["b=y"])] + [

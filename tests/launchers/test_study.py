@@ -55,6 +55,7 @@ def test_every_way_to_type_a_space() -> None:
         "train.max_steps=range(100,301,100)",
         "train.ema_decay=range(0.1,0.35,0.1)",
         "data.captions=[a,b],[c]",
+        "sampler=glob(d*)",
         "run.seed=tag(log,interval(1,1000))",
     )
     assert space.fixed == ("model=tiny",)
@@ -68,12 +69,13 @@ def test_every_way_to_type_a_space() -> None:
     assert decay == Numbers("train.ema_decay", 0.1, 0.3, 0.1, False, False)  # as a grid visits them
     assert by_name["run.seed"] == Numbers("run.seed", 1, 1000, 1, True, True)
     assert by_name["optimizer"].ends == ("adamw", "lion")
+    assert {"ddim"} < set(by_name["sampler"].ends) and "euler" not in by_name["sampler"].ends
     assert space.overrides(
         {axis.name: axis.ends[0] for axis in space.axes}
     ) == [
         "model=tiny", "optimizer.lr=1e-06", "lr_schedule.warmup_steps=10", "optimizer=adamw",
         "optimizer.b1=0.0", "train.max_steps=100", "train.ema_decay=0.1", "data.captions=[a,b]",
-        "run.seed=1",
+        f"sampler={by_name['sampler'].ends[0]}", "run.seed=1",
     ]  # fmt: skip
 
 
@@ -101,6 +103,7 @@ def test_typed_values_replace_those_of_a_named_sweep_and_tied_keys_change_togeth
         ("run.name=interval(1,2)", "list its values"),
         ("optimizer=interval(1,2)", "list its values"),
         ("train.max_steps=tag(log,range(1,9,2))", "interval(LOW,HIGH)"),
+        ("model=glob(sdd*)", "there are"),
         ("train.max_steps=range(3,3)", "leaves nothing to choose"),
         ("run.seed=3", "nothing is searched"),
         ("optimizer.lr=interval(1,", "optimizer.lr"),
