@@ -161,7 +161,7 @@ def _asked_to_end(folder: Path) -> str | None:
         request = read_stop(RunPaths(as_path(job["run"])))
         if request is not None:
             return request.reason or request.status.name
-    return "stopped by its sweep" if (folder / STOPPED).exists() else None
+    return "stopped" if (folder / STOPPED).exists() else None
 
 
 def _state() -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sdx.config.errors import ConfigError
 from sdx.config.launching import SlurmSettings
 from sdx.record.paths import RunPaths
 from sdx.record.snapshot import Snapshot
@@ -119,7 +120,7 @@ def test_jobs_on_other_hardware_are_another_array(scheduler: Slurm, tmp_path: Pa
     launcher = SlurmLauncher(make_settings())
     handles = launcher.start([small[0], *large, small[1]], None)
     assert [handle.id for handle in handles] == ["10_0", "11", "10_1"]
-    with pytest.raises(LaunchError, match="max_parallel=1"):
+    with pytest.raises(ConfigError, match="max_parallel=1"):
         launcher.start([*small, *large], max_parallel=1)
 
 
@@ -298,6 +299,35 @@ def test_a_job_that_waits_is_taken_out_of_the_queue(scheduler: Slurm, tmp_path: 
     scheduler.squeue = ["7|CANCELLED|None"]
     ended = handle.poll()
     assert ended is not None and ended.status is Status.interrupted, "the same command starts it"
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_job_that_was_stopped_while_it_went_back_into_the_queue(
+    scheduler: Slurm, tmp_path: Path, is_ours: bool
+) -> None:
+    """Its script ends at once, with an exit code that SLURM calls a failure."""
+    stopping = handle_of(tmp_path)
+    scheduler.squeue = ["7|COMPLETING|None"]
+    stopping.stop()
+    other = handle_of(tmp_path)
+    scheduler.squeue = ["7|FAILED|NonZeroExitCode"]
+    ended = (stopping if is_ours else other).poll()
+    assert ended == Ended(Status.interrupted if is_ours else Status.cancelled, "stopped")
+
+
+def test_what_is_being_handed_in_is_not_taken_back_by_those_who_look(
+    scheduler: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sdx.runs asks nothing about jobs that are not released."""
+    jobs = jobs_in(tmp_path, "a")
+
+    def submit(submission: Any, settings: SlurmSettings) -> list[str]:
+        launch = read_launch(jobs[0].folder)
+        assert launch is not None and launch["released"] is False and launch["id"] == ""
+        return scheduler.submit(submission, settings)
+
+    monkeypatch.setattr(slurm, "submit", submit)
+    SlurmLauncher(make_settings()).start(jobs, None)
 
 
 def test_a_running_job_is_asked_to_save_and_then_cancelled(
