@@ -596,6 +596,27 @@ MUTATIONS = (
         ),
     ),
     Mutation(
+        "a SLURM job is judged by the processes that srun ended, not by the one that failed",
+        "launchers/sdx_launchers/slurm_after.py",
+        "named, how = found[0]",
+        "named, how = found[-1]",
+        ("tests/launchers/test_slurm_script.py::test_what_is_done_or_failed_does_not_go_on",),
+    ),
+    Mutation(
+        "a SLURM that does not answer has lost its jobs",
+        "launchers/sdx_launchers/slurm.py",
+        "if state is None and not self._queue.is_silent:",
+        "if state is None:",
+        ("tests/launchers/test_slurm_launcher.py::test_a_silent_scheduler_loses_no_job",),
+    ),
+    Mutation(
+        "a SLURM job starts before it is written down",
+        "launchers/sdx_launchers/slurm_script.py",
+        '            "hold": True,\n',
+        "",
+        ("tests/launchers/test_slurm_script.py::test_golden",),
+    ),
+    Mutation(
         "jobs of a SLURM sweep are no array",
         "launchers/sdx_launchers/slurm_script.py",
         "executor.map_array(os.execvp, [argv[0] for argv in commands], commands)",
