@@ -9,7 +9,7 @@ from sdx.record.snapshot import SnapshotError
 from sdx.record.status import RunStatus, Status
 from sdx_launchers.jobs import Ended, Handle, Job, Launcher, LaunchError
 from sdx_launchers.launch_record import write_job, write_outcome
-from sdx_launchers.standing import Standing, settle
+from sdx_launchers.standing import Standing, look, settle
 from sdx_launchers.stop_signals import StopSignals
 
 
@@ -122,7 +122,7 @@ def run(
             ended = course.ended[job.name].status
             if again is not None and ended is Status.interrupted and not is_stopping:
                 del course.ended[job.name]
-                pending.append(Standing(job, Status.interrupted))
+                pending += look([job], lambda job, launch: None)
         if pending and is_cancelled():
             is_stopping = True
             pending.clear()

@@ -79,10 +79,12 @@ def _with_own(body: Body, own: Any, config: Config, overrides: list[str]) -> int
 def _saved(arguments: Arguments, adjust: Adjust | None) -> Config:
     """The saved configuration with overrides on top, in the folder it was saved in."""
     from sdx.config.compose import from_saved
+    from sdx.config.hydra_keys import without_effect
 
     saved, overrides = arguments.saved, arguments.overrides
     assert saved is not None
-    problems = [*arguments.problems]
+    rule, fix = "with --from, which starts one run here", "leave it out"
+    problems = [*arguments.problems, *without_effect(overrides, rule, fix)]
     if arguments.multirun:
         fix = "drop --multirun"
         problems.append(Problem("--from", str(saved), "cannot be swept", fix))

@@ -63,11 +63,6 @@ def without_effect(
             yield Problem(key, got, f"has no effect {rule}", fix)
 
 
-def for_hydra(overrides: Sequence[str]) -> list[str]:
-    """Overrides as Hydra takes them: it adds no keys to a mapping without being told to."""
-    return [f"++{text.lstrip('+')}" if is_key(text) else text for text in overrides]
-
-
 def known_choices(overrides: Sequence[str]) -> tuple[list[str], list[Problem]]:
     """Overrides without choices of sweepers and launchers that are not there, which are faults; of
     launchers only sdx's can run its jobs, of sweepers any that hands jobs to launchers."""

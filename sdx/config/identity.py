@@ -19,6 +19,8 @@ from sdx.config.check import has_effect
 from sdx.config.leaves import flatten, leaves, spelled
 from sdx.config.schema import Config, OnResume
 
+_MOST_SUFFIX_BYTES = 120  # of a folder's name, which file systems end at 255
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -72,7 +74,10 @@ def folder_names(configs: Sequence[Config], overrides: Sequence[Sequence[str]]) 
         shared = set.intersection(*(set(overrides[index]) for index in alike))
         for index in alike:
             own = [text for text in overrides[index] if text not in shared]
-            names[index] = "-".join([name, *(re.sub(r"[^\w.=+]+", "_", text) for text in own)])
+            suffix = "-".join(re.sub(r"[^\w.=+]+", "_", text) for text in own)
+            if len(os.fsencode(suffix)) > _MOST_SUFFIX_BYTES:
+                suffix = hashlib.sha256("\n".join(own).encode()).hexdigest()[:8]
+            names[index] = f"{name}-{suffix}" if own else name
     return names
 
 

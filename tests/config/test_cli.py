@@ -173,6 +173,7 @@ def test_from_a_run_folder_continues_in_that_folder(tmp_path: Path) -> None:
         (["--config-dir", "nowhere"], "--config-dir=nowhere: no such file or folder."),
         (["--from", ".", "-m"], "--from=.: cannot be swept; drop --multirun."),
         (["--from", "."], "config.yaml: no such file"),
+        (["--from", ".", "hydra/launcher=sdx_slurm"], "sdx_slurm: has no effect with --from"),
         (["--from", ".", "--cfg", "job"], "--from=.: a saved configuration cannot be shown"),
         (["--config-name", "x"], "--config-name: not a switch of sdx; --from RUN starts from"),
         (["--zebra", "3"], "--zebra 3: unknown flag; options are written KEY=VALUE."),
