@@ -19,7 +19,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from sdx.config import peers
 from sdx.config.errors import Problem, any_of, nearest
 from sdx.config.folders import group_options
-from sdx.config.leaves import Leaf, groups, leaves, spelled
+from sdx.config.launching import OPTIONS
+from sdx.config.leaves import Leaf, groups, leaves, leaves_of, spelled
 from sdx.config.schema import ActivationsDtype, Config, WeightsDtype
 
 _HALF = {"float16", "fp16", "half"}
@@ -109,7 +110,7 @@ def explain(error: Exception) -> Problem:
         if isinstance(cause, OmegaConfBaseException):
             path = cause.full_key or "conf"
             if isinstance(cause, ConfigKeyError) or "not in" in str(cause.msg):
-                near = nearest(path, {*leaves(), *groups()})
+                near = nearest(path, {*leaves(), *groups(), *_launching_keys()})
                 return Problem(path, None, "unknown key", f"did you mean {near}?" if near else None)
             return Problem(path, None, str(cause.msg).splitlines()[0].rstrip("."))
     return Problem("conf", None, " ".join(str(error).split()).rstrip("."))
@@ -259,6 +260,16 @@ def _is_group(override: Override, options: dict[str, list[str]]) -> bool:
 def _is_list_item(path: str) -> bool:
     parent, _, index = path.rpartition(".")
     return index.isdigit() and parent in leaves() and leaves()[parent].element is not None
+
+
+def _launching_keys() -> set[str]:
+    """Keys of all sweepers and launchers, as files may spell them."""
+    return {
+        f"hydra.{kind}.{name}"
+        for kind, options in OPTIONS.items()
+        for cls in options.values()
+        for name in leaves_of(cls)
+    }
 
 
 def _all_keys() -> set[str]:

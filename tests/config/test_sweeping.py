@@ -201,7 +201,7 @@ def test_an_option_that_is_swept_over_cannot_set_the_place(empty_folder: Path) -
     """Hydra takes the launcher of the first, and says nothing."""
     text = "defaults: [override /hydra/launcher: sdx_slurm]\n"
     own_option(empty_folder, "experiment", "there", text)
-    [fault] = faults("-m", "experiment=there,finetune_sd21", "data.dir=x")
+    [fault] = faults("-m", "experiment=there,shapes_epsilon")
     assert fault.startswith("hydra.launcher: an option that is swept over sets it")
 
 
