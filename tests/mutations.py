@@ -30,6 +30,7 @@ CHECKPOINTS = "tests/training/test_checkpoint_processes.py"
 PROCESSES = "tests/experiment/test_processes.py"
 WORKERS = "tests/launchers/test_workers.py"
 TPU = "tests/launchers/test_tpu.py"
+SWEEPS = "tests/launchers/test_driver.py"
 TPU_STRAYS = "tests/launchers/test_tpu_strays.py"
 
 
@@ -665,6 +666,34 @@ MUTATIONS = (
             "tests/launchers/test_slurm_sweeps.py::"
             "test_jobs_run_the_code_of_the_moment_they_were_handed_in",
         ),
+    ),
+    Mutation(
+        "a sweep believes its launcher before the record of the run",
+        "launchers/sdx_launchers/standing.py",
+        "return Ended(run.status, run.reason or told)",
+        "return ended",
+        (f"{SWEEPS}::test_whose_word_counts",),
+    ),
+    Mutation(
+        "a sweep with fail_fast goes on with the next job",
+        "launchers/sdx_launchers/course.py",
+        "heard, is_stopping = signals.count, True\n            pending.clear()",
+        "heard, is_stopping = signals.count, True",
+        (f"{SWEEPS}::test_fail_fast_stops_those_that_run_and_starts_no_others",),
+    ),
+    Mutation(
+        "a job that was cut off with the sweep before is not gone on with",
+        "launchers/sdx_launchers/course.py",
+        "pending += look([job], lambda job, launch: None)",
+        "pass",
+        (f"{SWEEPS}::test_what_a_sweep_before_started_is_waited_for",),
+    ),
+    Mutation(
+        "keys of a sweep that are tied together are multiplied out",
+        "sdx/config/expansion.py",
+        "return list(ties.values()), problems",
+        "return [[key] for key in keys], problems",
+        ("tests/config/test_sweeping.py::test_tied_keys_change_together",),
     ),
     Mutation(
         "a search that was cut off asks its first trials again",
