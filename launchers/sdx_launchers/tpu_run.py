@@ -129,6 +129,8 @@ class TpuRun:
         workers = self._workers = self._make_workers(tpu.hosts, self._settings, folder)
         if self._stopped.is_set():
             raise Cancelled
+        if (why := self._pool.lost(tpu)) is not None:  # while no job was on it
+            return why
         try:
             workers.prepare(self._snapshot)
         except LaunchError as error:

@@ -16,6 +16,7 @@ from sdx_launchers.jobs import Ended, Handle
 from sdx_launchers.remote_processes import RemoteEnd
 from sdx_launchers.tpu_ledger import Ledger
 from sdx_launchers.tpu_strays import sweep_up
+from sdx_launchers.workers import ConnectionLost
 from tests.launchers.tpu_jobs import (
     FAILED,
     FINISHED,
@@ -266,6 +267,38 @@ def test_a_lost_connection_to_a_living_tpu_does_not_cost_the_tpu(
     script = Script(ends=[LOST, FINISHED])
     assert ends(endpoint, tmp_path, script) == [Ended(Status.finished)]
     assert len(script.hosts) == 2 and len(creations(server)) == 1
+
+
+def test_a_tpu_that_was_lost_between_jobs_is_not_used(
+    server: TpuServer, endpoint: str, tmp_path: Path
+) -> None:
+    script = Script()
+    with launching(make_settings(endpoint, tmp_path), script) as launcher:
+        [first] = launcher.start([make_job(tmp_path, "a")], None)
+        end_of(first)
+        server.preempt(creations(server)[0])
+        [second] = launcher.start([make_job(tmp_path, "b")], None)
+        assert end_of(second).status is Status.finished
+    assert [hosts[0].node for hosts in script.hosts] == creations(server)
+    assert len(creations(server)) == 2 and server.names() == []
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_workers_that_do_not_answer_are_a_loss_only_if_their_tpu_is_gone(
+    server: TpuServer, endpoint: str, tmp_path: Path, is_lost: bool
+) -> None:
+    """Else the way to them is wrong, and another TPU would not help."""
+
+    def prepare() -> None:
+        if len(creations(server)) == 1:
+            if is_lost:
+                server.preempt(creations(server)[0])
+            raise ConnectionLost("worker 0: no answer")
+
+    [ended] = ends(endpoint, tmp_path, Script(prepare=prepare))
+    assert ended.status is (Status.finished if is_lost else Status.failed)
+    assert is_lost or ended.reason == "worker 0: no answer"
+    assert len(creations(server)) == (2 if is_lost else 1) and server.names() == []
 
 
 def test_a_sweep_uses_one_tpu_for_job_after_job(
