@@ -53,10 +53,12 @@ def shell(
 
 @pytest.fixture(scope="module")
 def limited(shell: Shell) -> Iterator[Typed]:
-    """Told to stop after 55 to 70 seconds (SLURM is early), and not done by then."""
+    """Told to stop after 55 to 70 seconds (SLURM is early), and not done by then; Ctrl-C ends the
+    command meanwhile."""
     with shell.typed("train", *LIMITED, SDX_TEST_SLOW="10") as processes:
         typed = Typed(shell, processes)
         shell.wait_for_step(run_of(typed, "limited"), 1)  # the others need not compile
+        processes.send(0, signal.SIGINT)
         yield typed
 
 
@@ -205,10 +207,13 @@ def test_a_run_longer_than_its_time_limit_goes_on_in_the_next_job(
 ) -> None:
     run, shell = run_of(limited, "limited"), limited.shell
     id = shell.id(run)
+    code, output = limited.ended()
+    assert code == 75 and "1 job goes on without this process" in output, output
+    assert "--follow" in output and "--cancel" in output
     until(lambda: len(slurm.ledger(id)) > 1, lambda: shell.log(run))
     slurm.run("scontrol", "update", f"jobid={id}", "timelimit=60")  # a slow machine needs it
-    code, output = limited.ended()
-    assert code == 0, output
+    code, output = shell.run("train", *LIMITED)
+    assert code == 0 and shell.id(run) == id, output
     assert_as_if_nothing_had_happened(shell, run)
     assert outcomes(shell, run) == ["interrupted", "finished"]
     assert "requeued, 1 of at most 20 requeues" in shell.log(run)
@@ -224,3 +229,5 @@ def test_a_detached_sweep_is_collected_by_the_same_command(array: Typed) -> None
     assert output.count("skipped") >= 3 and shell.launches() == before, "nothing is handed in"
     code, output = shell.run("runs", "outputs")
     assert code == 0 and output.count("finished") >= 3, output
+    code, output = shell.run("runs", f"outputs/{run_of(array, 'told')}", "--logs")
+    assert code == 0 and f"finished {STEPS} steps" in output, output
