@@ -128,7 +128,7 @@ def _corners(request: SweepRequest, space: Space, objective: Objective) -> list[
         raise ConfigError([*faults, Problem("hydra/sweeper", "sdx_search", rule, fix)]) from None
     never = objective.metric.startswith("validation_loss")
     if never and any(corner.config.eval.every is None for corner in corners):
-        fix = "leave eval.every on, or judge by another: hydra.sweeper.objective=loss"
+        fix = "give eval.every=STEPS, or judge by another: hydra.sweeper.objective=loss"
         rule = "is not measured with eval.every=null"
         raise ConfigError([Problem("hydra.sweeper.objective", str(objective), rule, fix)])
     return corners
@@ -139,7 +139,10 @@ def _dry_run(search: _Search) -> int:
     print(_heading(search), search.space.describe(), sep="\n")
     study = Study(None, search.space, search.settings, search.objective)
     count = min(search.parallel, search.settings.n_trials)
-    first = [search.compose(search.space.overrides(study.ask().values)) for _ in range(count)]
+    trials = [study.ask() for _ in range(count)]
+    first = [search.compose(search.space.overrides(trial.values)) for trial in trials]
+    for trial, job in zip(trials, first, strict=True):
+        print(f"{trial.describe()} -> {job.name}")
     print(search.launcher.describe(first, search.settings.max_parallel))
     print("dry run: nothing was started.")
     return 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdx.config.errors import ConfigError, Problem
 from sdx.config.launching import Pruner, SearchSampler, SearchSettings
+from sdx.config.leaves import spelled
 from sdx_launchers.objective import Objective
 from sdx_launchers.search_space import Choices, Space, Value
 
@@ -39,6 +40,11 @@ class Trial:
     def run(self) -> str | None:
         """The name of its run, None before `note_run`."""
         return self._trial.user_attrs.get(_RUN)
+
+    def describe(self) -> str:
+        """Number and values, on one line."""
+        values = " ".join(f"{name}={spelled(value)}" for name, value in self.values.items())
+        return f"trial {self.number}: {values}"
 
     def note_run(self, name: str) -> None:
         self._trial.set_user_attr(_RUN, name)

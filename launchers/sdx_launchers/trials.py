@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from sdx.config.errors import ConfigError
-from sdx.config.leaves import spelled
 from sdx.record.metrics import read_column
 from sdx.record.status import Status
 from sdx.record.stop_request import request_stop
@@ -97,7 +96,7 @@ class Trials:
         except ConfigError as error:
             self._answer([trial], None, Ended(Status.failed, str(error)))
             return
-        print(f"trial {trial.number}: {_values(trial)} -> {job.name}", flush=True)
+        print(f"{trial.describe()} -> {job.name}", flush=True)
         self.write_down(job)
         if job.name in self._running:
             self._running[job.name].trials.append(trial)
@@ -190,10 +189,6 @@ class Trials:
             said = f" {self.objective.metric} {best.value:.4g} at step {best.step}" if best else ""
             reason = f": {ended.reason}" if ended.reason else ""
             print(f"trial {trial.number}: {ended.status.name}{said}{reason}", flush=True)
-
-
-def _values(trial: Trial) -> str:
-    return " ".join(f"{name}={spelled(value)}" for name, value in trial.values.items())
 
 
 def _renamed(job: Job, name: str) -> Job:

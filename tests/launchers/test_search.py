@@ -334,7 +334,7 @@ def test_a_dry_run_shows_the_first_trials_and_touches_nothing(
     assert "numbers from 1e-6 to 0.001, logarithmic" in said and said.count("would start") == 2
     assert not Path("outputs").exists()
     assert run(world) == 0
-    assert f"would start {world.started[0]}" in said
+    assert f"would start {world.started[0]}" in said and f"-> {world.started[0]}" in said
 
 
 def test_a_sweep_has_the_name_of_its_space_not_of_its_limits() -> None:
