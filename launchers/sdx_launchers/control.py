@@ -4,6 +4,8 @@ Whoever looks asks the schedulers whose jobs outlive the process that started th
 is on record. Nothing is started here, and nothing ended that is not a job of what was named.
 """
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +19,7 @@ from rich.live import Live
 from sdx.config.compose import from_saved
 from sdx.config.launching import LAUNCHERS, TpuSettings
 from sdx.config.schema import Config
+from sdx.record.owner import Owner, lives_here
 from sdx.record.redact import said_by
 from sdx.record.status import Status
 from sdx.record.stop_request import read_stop, request_stop
@@ -34,6 +37,7 @@ from sdx_launchers.summary import write_table
 from sdx_launchers.sweep_process import ask_to_cancel, is_running
 
 LOOK_EVERY_S = 2.0
+_LOCAL = "sdx_local"
 _LINES = 20
 _BY_PERSON = "sdx.runs --cancel"
 
@@ -83,21 +87,18 @@ class Watch:
         if read_outcome(folder) is not None or run.launch.get("released") is False:
             return None  # ended, or just being handed in by a sweep
         key = (run.name, str(run.launch.get("id")))
-        if key not in self._handles:
-            self._handles[key] = launcher.attach(_job(run), run.launch)
-        handle = self._handles[key]
-        ended = None if handle is None else handle.poll()
+        try:
+            if key not in self._handles:
+                self._handles[key] = launcher.attach(_job(run), run.launch)
+            handle = self._handles[key]
+            ended = None if handle is None else handle.poll()
+        except (OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            run.faults.append(f"launch.json: its launcher cannot be asked ({said_by(error)})")
+            return None
         if handle is not None and ended is not None:
             self._handles[key] = None
             _note(handle.job, ended)
         return self._handles[key]
-
-    def attach(self, run: RunFacts) -> Handle | None:
-        """The same for jobs that end with their sweep."""
-        launcher = self._launcher(run)
-        if launcher is None or run.found.launch is None or read_outcome(run.found.launch):
-            return None
-        return self.handle(run) or launcher.attach(_job(run), run.launch)
 
     def _launcher(self, run: RunFacts) -> Launcher | None:
         name = str(run.launch.get("launcher"))
@@ -227,14 +228,27 @@ def _cancel(watch: Watch, run: RunFacts) -> str:
     is_again = asked is not None and asked.status is Status.cancelled
     if is_run and not is_again:
         request_stop(paths, Status.cancelled, _BY_PERSON)
-    handle = watch.attach(run)
-    if handle is None and not is_run:
-        return "waits in the process of its sweep; cancel the sweep"
-    if handle is not None and (is_again or not is_run or watch.handle(run) is handle):
-        handle.stop()
-        if is_again:
+    handle = watch.handle(run)
+    if handle is not None:
+        for _ in range(1 + is_again):
             handle.stop()
-    return "ended" if is_again and handle is not None else "asked to save and end"
+    elif is_again or not is_run:
+        if not _signal(run, signal.SIGKILL if is_again else signal.SIGTERM):
+            return "asked before" if is_again else "waits in the process of its sweep; cancel that"
+    return "ended" if is_again else "asked to save and end"
+
+
+def _signal(run: RunFacts, number: signal.Signals) -> bool:
+    """Sends it to a job that is a process of this machine; False where there is none."""
+    process = run.launch.get("process")
+    if run.launch.get("launcher") != _LOCAL or process is None:
+        return False
+    owner = Owner(**process)
+    if not lives_here(owner):
+        return False
+    kill = os.killpg if number is signal.SIGKILL else os.kill  # with all that it has started
+    kill(owner.pid, number)
+    return True
 
 
 def _other_sweep(found: Found, run: RunFacts) -> str | None:
