@@ -11,8 +11,8 @@ from tests.launchers.source_tree import SourceTree, copy_source
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Cluster]:
-    """A real SLURM of four nodes, with accounting."""
-    yield from _cluster(Settings())
+    """A real SLURM of four nodes and two spare ones, with accounting."""
+    yield from _cluster(Settings(spare_nodes=2))
 
 
 @pytest.fixture(scope="session")

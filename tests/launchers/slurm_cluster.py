@@ -45,6 +45,9 @@ class Settings:
     """What a cluster is made of."""
 
     nodes: int = 4
+    """Of the partition `main`, where jobs go by default."""
+    spare_nodes: int = 0
+    """Of the partition `spare`."""
     cpus: int = 4
     gpus: int = 4
     accounting: bool = True
@@ -154,7 +157,7 @@ def _start(folder: Path, settings: Settings, in_child: Callable[[], object]) -> 
     for name in ("etc", "state", "log", "dev", *(f"spool/{node}" for node in _nodes(settings))):
         (folder / name).mkdir(parents=True)
     folder.chmod(0o755)
-    control, database, ledger, *slurmds = _free_ports(3 + settings.nodes)
+    control, database, ledger, *slurmds = _free_ports(3 + len(_nodes(settings)))
     for number in range(settings.gpus):
         os.mknod(folder / "dev" / f"gpu{number}", stat.S_IFCHR | 0o600, _NULL_DEVICE)
     (folder / "etc" / "gres.conf").write_text(_gres_conf(folder, settings))
@@ -185,7 +188,7 @@ def _start(folder: Path, settings: Settings, in_child: Callable[[], object]) -> 
     _until("slurmctld", lambda: answers("scontrol", "ping"))
     for node in _nodes(settings):
         begin(f"slurmd-{node}", "slurmd", "-D", "-N", node)
-    idle = ["idle"] * settings.nodes
+    idle = ["idle"] * len(_nodes(settings))
     _until("nodes", lambda: (answers("sinfo", "-h", "-N", "-o", "%t") or "").split() == idle)
 
 
@@ -264,8 +267,10 @@ def _slurm_conf(
             f"NodeName={node} {where} Port={port} {hardware} State=UNKNOWN"
             for node, port in zip(_nodes(settings), slurmds, strict=True)
         ),
-        "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP",
+        f"PartitionName=main Nodes={','.join(_nodes(settings)[: settings.nodes])} Default=YES",
     ]  # fmt: skip
+    if settings.spare_nodes:
+        lines.append(f"PartitionName=spare Nodes={','.join(_nodes(settings)[settings.nodes :])}")
     if settings.accounting:
         lines += [
             "AccountingStorageType=accounting_storage/slurmdbd",
@@ -297,7 +302,7 @@ def _conf(folder: Path) -> Path:
 
 
 def _nodes(settings: Settings) -> list[str]:
-    return [f"127.0.0.{number}" for number in range(1, settings.nodes + 1)]
+    return [f"127.0.0.{number}" for number in range(1, settings.nodes + settings.spare_nodes + 1)]
 
 
 def _free_ports(count: int) -> list[int]:

@@ -35,7 +35,7 @@ ARRAY = (*JOB, "run.tags=[plain],[told],[killed]")
 LIMITED = (
     *JOB, *named("limited"), "hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=50",
 )  # fmt: skip
-LOST = (*JOB, *named("lost"), "hydra.launcher.exclusive=true")
+LOST = (*JOB, *named("lost"), "hydra.launcher.partition=spare")
 FAULTY = (*JOB, *named("faulty"))
 STOPPED = (*SLURM, *named("stopped"), "hydra.launcher.max_requeues=0")
 
