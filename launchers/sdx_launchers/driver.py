@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sdx.config.errors import ConfigError, Problem
-from sdx.config.launching import GridSettings, LauncherSettings
+from sdx.config.launching import LauncherSettings, SweeperSettings
 from sdx.config.sweeping import SweepRequest, is_of_hydra
 from sdx.record.files import DamagedRecord
 from sdx.record.lock import RefusedStart
@@ -54,7 +54,7 @@ class Prepared:
     launcher_name: str
 
 
-def sweep(request: SweepRequest, settings: GridSettings, name: str, launcher: Launcher) -> int:
+def sweep(request: SweepRequest, settings: SweeperSettings, name: str, launcher: Launcher) -> int:
     """Runs the jobs of `request` by `launcher`, which is called `name`; returns the exit code.
     Raises ConfigError where something keeps a job from being started there."""
     prepared = prepare(request, settings, name, launcher)
@@ -71,7 +71,7 @@ def sweep(request: SweepRequest, settings: GridSettings, name: str, launcher: La
 
 
 def prepare(
-    request: SweepRequest, settings: GridSettings, name: str, launcher: Launcher
+    request: SweepRequest, settings: SweeperSettings, name: str, launcher: Launcher
 ) -> Prepared:
     """The jobs as launchers take them; raises ConfigError with all that keeps them from running."""
     objective = parse_objective(settings.objective)
@@ -114,14 +114,14 @@ def launch(
     that have no value. The exit code, of all such calls, goes into `request`."""
     own = [[text for text in texts if not is_of_hydra(text)] for texts in job_overrides]
     request.jobs = request.compose(own)
-    code = sweep(request, GridSettings(), name, make_launcher(name, settings))
+    code = sweep(request, SweeperSettings(), name, make_launcher(name, settings))
     request.exit_code = min(request.exit_code, code, key=_BY_WEIGHT.index)
     objective = Objective("validation_loss")
     found = [best_value(job, objective) for job in make_jobs(request.command, request.jobs, "")]
     return [None if value is None else value.value for value in found]
 
 
-def _dry_run(prepared: Prepared, settings: GridSettings) -> int:
+def _dry_run(prepared: Prepared, settings: SweeperSettings) -> int:
     standings = _survey(prepared)
     _show(prepared, settings, standings)
     jobs = [one.job for one in standings if one.is_to_start(settings.retry_failed)]
@@ -131,7 +131,7 @@ def _dry_run(prepared: Prepared, settings: GridSettings) -> int:
 
 
 def _run(
-    prepared: Prepared, request: SweepRequest, settings: GridSettings, process: SweepProcess
+    prepared: Prepared, request: SweepRequest, settings: SweeperSettings, process: SweepProcess
 ) -> int:
     launcher, folder = prepared.launcher, prepared.folder
     standings = _survey(prepared)
@@ -178,7 +178,7 @@ def _survey(prepared: Prepared) -> list[Standing]:
     return look(prepared.jobs, attach_by(prepared.launcher_name, prepared.launcher))
 
 
-def _show(prepared: Prepared, settings: GridSettings, standings: Sequence[Standing]) -> None:
+def _show(prepared: Prepared, settings: SweeperSettings, standings: Sequence[Standing]) -> None:
     count, launcher = len(standings), prepared.launcher
     jobs = "1 job" if count == 1 else f"{count} jobs"
     most = settings.max_parallel or launcher.parallel

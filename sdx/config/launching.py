@@ -37,7 +37,7 @@ class Pruner(Enum):
 
 @dataclass
 class SweeperSettings:
-    """What every sweeper takes."""
+    """hydra/sweeper=sdx: every combination of the values typed."""
 
     dry_run: bool = option(
         False, "Show what would be started, and how; start nothing.", identity=False
@@ -70,11 +70,6 @@ class SweeperSettings:
     params: dict[str, str] = option(
         {}, "Keys and their values, as a named sweep writes them down.", identity=False
     )
-
-
-@dataclass
-class GridSettings(SweeperSettings):
-    """hydra/sweeper=sdx: every combination of the values typed."""
 
 
 @dataclass
@@ -255,7 +250,7 @@ class TpuSettings(LauncherSettings):
     )
 
 
-SWEEPERS: dict[str, type[SweeperSettings]] = {"sdx": GridSettings, "sdx_search": SearchSettings}
+SWEEPERS: dict[str, type[SweeperSettings]] = {"sdx": SweeperSettings, "sdx_search": SearchSettings}
 LAUNCHERS: dict[str, type[LauncherSettings]] = {
     "sdx_local": LocalSettings,
     "sdx_slurm": SlurmSettings,

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from sdx.config.launching import (
-    GridSettings,
     LocalSettings,
     SearchSettings,
     SlurmSettings,
+    SweeperSettings,
     TpuSettings,
 )
 from sdx.config.leaves import leaves_of
@@ -19,7 +19,7 @@ from sdx.config.leaves import leaves_of
 pytestmark = pytest.mark.fast
 
 READERS = {
-    GridSettings: ("launchers/sdx_launchers/driver.py", "sdx/config/sweeping.py"),
+    SweeperSettings: ("launchers/sdx_launchers/driver.py", "sdx/config/sweeping.py"),
     SearchSettings: tuple(
         f"launchers/sdx_launchers/{name}.py" for name in ("search", "study", "trials")
     ),

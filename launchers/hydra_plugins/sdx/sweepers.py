@@ -12,7 +12,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from sdx.config.launching import GridSettings, SearchSettings
+from sdx.config.launching import SearchSettings, SweeperSettings
 
 
 class _SdxSweeper(Sweeper):
@@ -52,7 +52,7 @@ class SearchSweeper(_SdxSweeper):
 
 
 @dataclass
-class GridNode(GridSettings):
+class GridNode(SweeperSettings):
     _target_: str = "hydra_plugins.sdx.sweepers.GridSweeper"
 
 
