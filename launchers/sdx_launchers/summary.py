@@ -20,7 +20,7 @@ from sdx_launchers.run_facts import RunFacts
 from sdx_launchers.runs_table import RunsTable, duration, printable, shown, tabulate
 
 CURVES = "curves.png"
-_LAST_LINES = 15
+_LAST_LINES = 60  # a traceback through JAX is long
 
 
 def write(sweep_folder: Path) -> RunsTable:
