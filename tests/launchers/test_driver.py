@@ -13,7 +13,7 @@ import pytest
 
 from sdx.config.compose import compose
 from sdx.config.errors import ConfigError, Problem
-from sdx.config.launching import GridSettings
+from sdx.config.launching import SweeperSettings
 from sdx.config.schema import Config
 from sdx.config.sweeping import SweepRequest, SweptJob
 from sdx.record.files import read_json, write_text
@@ -129,7 +129,7 @@ class Sweep:
     def run(self, place: Place, **settings: Any) -> int:
         for one in self.jobs:
             place.runs.setdefault(one.name, [Run()])
-        return driver.sweep(self.request, GridSettings(**settings), NAME, place)
+        return driver.sweep(self.request, SweeperSettings(**settings), NAME, place)
 
     @property
     def folder(self) -> Path:
