@@ -4,6 +4,7 @@ They end with the sweep, however that ends: a job is asked to save and leave whe
 handed is closed (sdx/record/launched.py).
 """
 
+import codecs
 import os
 import shlex
 import signal
@@ -165,6 +166,7 @@ class _Child:
         self._process = process
         self._log = open(log, "rb")  # noqa: SIM115  # closed when the job has ended
         self._log.seek(said_before)
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._speaks = speaks
         self._times_stopped = 0
 
@@ -174,7 +176,8 @@ class _Child:
     def poll(self) -> Ended | None:
         code = self._process.poll()
         if not self._log.closed and self._speaks:
-            _echo(self._log)
+            sys.stdout.write(self._decode(self._log.read()))
+            sys.stdout.flush()
         if code is None:
             return None
         ended = self._ended(code)
@@ -255,11 +258,6 @@ def _on(share: Share) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
-
-
-def _echo(log: IO[bytes]) -> None:
-    sys.stdout.write(log.read().decode(errors="replace"))
-    sys.stdout.flush()
 
 
 def _last_line(log: IO[bytes]) -> str:

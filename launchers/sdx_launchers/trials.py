@@ -8,7 +8,7 @@ from sdx.config.errors import ConfigError
 from sdx.record.metrics import read_column
 from sdx.record.status import Status
 from sdx.record.stop_request import request_stop
-from sdx.record.store import StoreError
+from sdx.record.store import StoreError, patiently
 from sdx_launchers.course import Course
 from sdx_launchers.jobs import Ended, Job
 from sdx_launchers.objective import Objective
@@ -149,7 +149,7 @@ class Trials:
                 self._end(job.name, ended)
 
     def _report(self, running: _Running) -> None:
-        column = read_column(running.job.paths.metrics, self.objective.metric)
+        column = self._column(running.job)
         news = [trial.report(step, value) for trial in running.trials for step, value in column]
         first = running.trials[0]
         if not any(news) or running.is_pruned or not first.should_prune():
@@ -161,6 +161,9 @@ class Trials:
         print(f"trial {first.number}: {reason} is worse than before; asked to stop", flush=True)
         request_stop(running.job.paths, Status.pruned, f"{reason} was worse than before")
 
+    def _column(self, job: Job) -> list[tuple[int, float | None]]:
+        return read_column(job.paths.metrics, self.objective.metric)
+
     def _end(self, name: str, ended: Ended) -> None:
         running = self._running.pop(name)
         if running.is_pruned and ended.status is Status.interrupted:  # before it could say so
@@ -170,7 +173,7 @@ class Trials:
     def _answer(self, trials: Sequence[Trial], job: Job | None, ended: Ended) -> None:
         """Tells the study; a trial that was interrupted stays as it is, to be gone on with."""
         self.outcomes.append(ended.status)
-        column = read_column(job.paths.metrics, self.objective.metric) if job else []
+        column = patiently(lambda: self._column(job)) if job else []
         best = self.objective.best(column)
         if ended.status is Status.finished and best is None:
             ended = Ended(Status.failed, f"{self.objective.metric} was never measured")

@@ -244,7 +244,8 @@ def _write_start(
 ) -> None:
     paths, attempt = record.paths, record.attempt
     paths.attempts.mkdir(exist_ok=True)
-    paths.stop.unlink(missing_ok=True)
+    if paths.stop.is_file():  # stores differ in what removing nothing is
+        paths.stop.unlink(missing_ok=True)
     _close_attempt(paths, attempt - 1)
     patch = uncommitted_changes()
     if patch is not None:

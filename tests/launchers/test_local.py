@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,12 @@ from typing import Any
 
 import pytest
 
+from sdx.config.compose import compose
+from sdx.config.launching import LocalSettings
+from sdx.record.paths import RunPaths
+from sdx_launchers.jobs import Job, LaunchError
+from sdx_launchers.local import LocalLauncher, _check
+from sdx_launchers.shares import Share
 from tests.conftest import require
 from tests.experiment.conftest import MICRO
 from tests.parallel.test_rehearsal import TARGET, children_of, is_alive
@@ -144,17 +151,30 @@ def test_a_job_that_dies_says_how(tmp_path: Path) -> None:
     assert "SIGKILL" in output
 
 
+def job(*overrides: str) -> Job:
+    folder = Path("/its/launches/a job")
+    return Job("job", "train", compose([*overrides]), (), RunPaths(Path("run")), folder, "sweep")
+
+
 @pytest.mark.fast
-def test_a_share_too_small_for_a_job_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdx.config.compose import compose
-    from sdx_launchers.jobs import Job, LaunchError
-    from sdx_launchers.local import _check
-    from sdx_launchers.shares import Share
+def test_a_dry_run_shows_commands_that_a_shell_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    require(len(os.sched_getaffinity(0)) > 1, "a second core")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    launcher = LocalLauncher(LocalSettings(python="/opt/my python"))
+    first, second = launcher.describe([job(), job()], 2).splitlines()
+    assert first != second and first.startswith("OMP_NUM_THREADS=") and "taskset -c " in second
+    for alone in (
+        launcher.describe([job()], None),
+        LocalLauncher(LocalSettings(python="/opt/my python", pin=False)).describe([job()], 2),
+    ):
+        words = shlex.split(alone)
+        assert words[0] == "/usr/bin/env" and words[2] == "SDX_JOB=/its/launches/a job/job.json"
+        assert words[3:7] == ["/opt/my python", "-P", "-m", "sdx.train"]
+        assert words[-3:] == [">>", "/its/launches/a job/log.txt", "2>&1"]
 
-    def job(*overrides: str) -> Job:
-        config = compose([*overrides])
-        return Job("job", "train", config, (), None, Path("job"), "sweep")  # type: ignore[arg-type]
 
+@pytest.mark.fast
+def test_a_share_too_small_for_a_job_is_an_error() -> None:
     wants_8: Sequence[str] = ("hardware=gpu_h100_8", "train.global_batch_size=8")
     with pytest.raises(LaunchError, match=r"max_parallel=2: gives a job 4 GPUs.*needs 8"):
         _check(job(*wants_8), Share((0,), ("0", "1", "2", "3")), 2)
