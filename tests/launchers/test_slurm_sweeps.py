@@ -202,7 +202,7 @@ def test_jobs_run_the_code_of_the_moment_they_were_handed_in(
     shell, source = later.shell, later.shell.tree.folder
     code, output = later.ended()
     assert code == 0, output
-    run = later.run_of(lr(1e-5))
+    [run] = shell.launches()
     assert slurm.queue()[shell.id(run)] == "PENDING"
     (source / "sdx" / "training" / "step.py").write_text("raise SystemExit('other code')\n")
     shutil.rmtree(source / "conf")
