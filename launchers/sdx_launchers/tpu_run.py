@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sdx.config.launching import TpuSettings
+from sdx.record.launched import NODES
 from sdx.record.lock import is_held
 from sdx.record.owner import this_process
 from sdx.record.snapshot import Snapshot
@@ -139,7 +140,7 @@ class TpuRun:
             raise Cancelled
         processes = workers.start(
             self.job.name,
-            lambda worker, number: worker_argv(self.job, tpu.hosts[0], worker, number),
+            lambda worker, number: _named(worker_argv(self.job, tpu.hosts[0], worker, number), tpu),
             self.job.folder,
             lease_s=60 * self._settings.lease_min,
             speaks=self._limit == 1,
@@ -211,6 +212,11 @@ class TpuRun:
 def tpu_folder(job: Job, name: str) -> Path:
     """The record of that job's time on the TPU `name`."""
     return job.folder / "tpus" / name
+
+
+def _named(argv: list[str], tpu: Tpu) -> list[str]:
+    """A process of the job that writes into its attempt on which nodes it ran."""
+    return [argv[0], f"{NODES}={','.join(tpu.node_ids)}", *argv[1:]]
 
 
 def worker_argv(job: Job, first: Host, worker: Worker, number: int) -> list[str]:
