@@ -32,6 +32,9 @@ WORKERS = "tests/launchers/test_workers.py"
 TPU = "tests/launchers/test_tpu.py"
 SWEEPS = "tests/launchers/test_driver.py"
 TPU_STRAYS = "tests/launchers/test_tpu_strays.py"
+SNAPSHOT = "tests/record/test_snapshot.py"
+RUNS_TABLE = "tests/launchers/test_runs_table.py"
+RUNS_COMMAND = "tests/launchers/test_runs_command.py"
 
 
 @dataclass(frozen=True)
@@ -762,6 +765,34 @@ MUTATIONS = (
         "why = self._look(tpu, _LOOKS.get(end.code, 1))",
         "why = None if end.code == 75 else self._look(tpu, _LOOKS.get(end.code, 1))",
         (f"{TPU}::test_a_preempted_job_goes_on_with_another_tpu",),
+    ),
+    Mutation(
+        "a snapshot of the code whose files were changed is used as it is",
+        "sdx/record/snapshot.py",
+        'found == record["files"] and _digest(record) == path.name',
+        "_digest(record) == path.name",
+        (f"{SNAPSHOT}::test_a_damaged_snapshot_is_taken_again",),
+    ),
+    Mutation(
+        "a snapshot leaves out what git does not track",
+        "sdx/record/snapshot.py",
+        "{*_files(tracked_by, tracked), *untracked}",
+        "{*_files(tracked_by, tracked)}",
+        (f"{SNAPSHOT}::test_a_snapshot_is_the_work_tree_and_not_the_commit",),
+    ),
+    Mutation(
+        "sdx.runs --cancel ends jobs of other sweeps",
+        "launchers/sdx_launchers/control.py",
+        "if (owner := _other_sweep(watch.found, run)) is not None:",
+        "if (owner := None) is not None:",
+        (f"{RUNS_COMMAND}::test_cancelling_asks_jobs_of_the_sweep_and_no_others",),
+    ),
+    Mutation(
+        "the last value of a metric is shown as the best",
+        "launchers/sdx_launchers/objective.py",
+        "return min(finite, key=lambda one: self.key(one.value or 0.0), default=None)",
+        "return next(reversed(finite), None)",
+        (f"{RUNS_TABLE}::test_a_metric_that_nobody_has_is_said_to_be_missing",),
     ),
 )
 

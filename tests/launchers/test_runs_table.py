@@ -2,11 +2,8 @@
 
 import os
 import re
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -237,39 +234,3 @@ def test_what_a_run_says_cannot_command_a_terminal(
     print_table(table_of(tmp_path), Console())
     text = capsys.readouterr().out
     assert "\x1b" not in text and "\x07" not in text and "[bold]no[/bold] more" in text
-
-
-def test_runs_in_a_store(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdx.record.store import as_path
-
-    monkeypatch.chdir(tmp_path)
-    place: Any = as_path(f"{bucket}/runs")
-    for name in ("a", "b"):
-        make_run(place, name, validation={4: 0.3}, overrides=[f"optimizer.lr={name}"])
-    waiting = make_job(tmp_path / "outputs", "c")
-    launched(waiting)
-    job = waiting.folder / "job.json"
-    job.write_text(job.read_text().replace(str(waiting.paths.root), f"{place}/c"))
-    table = tabulate(find(place))
-    assert [(run.name, run.status) for run in table.runs] == [
-        ("a", "finished"), ("b", "finished"), ("c", "queued")
-    ]  # fmt: skip
-    assert table.last_of(table.runs[0]) == (4, 0.3) and table.runs[0].wall_s == 90
-    assert [run.name for run in tabulate(find(place / "a")).runs] == ["a"]
-
-
-def test_two_hundred_runs_are_shown_without_jax(tmp_path: Path) -> None:
-    names = {f"run{number}": [f"run.seed={number}"] for number in range(200)}
-    for name in names:
-        make_run(tmp_path, name, validation={4: 0.3}, losses=[0.5] * 100)
-    folder = make_sweep(tmp_path, names)
-    script = (
-        "import sys; from sdx.runs import main; code = main(sys.argv[1:]);"
-        "assert 'jax' not in sys.modules and 'submitit' not in sys.modules; sys.exit(code)"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert len(ended.stdout.splitlines()) == 1 + 200 + 3
-    assert (folder / "curves.png").is_file()
