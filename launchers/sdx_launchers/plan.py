@@ -10,6 +10,7 @@ from rich.text import Text
 
 from sdx.record.status import Status
 from sdx.record.store import AnyPath
+from sdx_launchers.differences import short_names
 from sdx_launchers.standing import ELSEWHERE, Standing
 
 _STARTS = {None: "starts", Status.interrupted: "resumes", Status.finished: "goes on"}
@@ -28,22 +29,11 @@ def what_happens(standing: Standing, retry_failed: bool) -> str:
     return "left"
 
 
-def show_plan(
-    heading: str, standings: Sequence[Standing], retry_failed: bool, console: Console | None = None
-) -> None:
-    """Prints the table; in full width where there is no terminal."""
-    show(Group(Text(heading, style="bold"), *_table(standings, retry_failed)), console)
-
-
-def show(renderable: RenderableType, console: Console | None = None) -> None:
-    """Prints for people, and without a terminal for those who search the text."""
-    console = console or Console(highlight=False)
-    if console.is_terminal:
-        console.print(renderable)
-        return
-    wide = Console(width=10_000, color_system=None, highlight=False)
-    with wide.capture() as captured:
-        wide.print(renderable)
+def show_plan(heading: str, standings: Sequence[Standing], retry_failed: bool) -> None:
+    """Prints the table. Nothing is cut: a terminal that is too narrow breaks the lines."""
+    console = Console(width=10_000, highlight=False)
+    with console.capture() as captured:
+        console.print(Group(Text(heading, style="bold"), *_table(standings, retry_failed)))
     for line in captured.get().splitlines():
         print(line.rstrip(), flush=True)
 
@@ -73,7 +63,7 @@ def _table(standings: Sequence[Standing], retry_failed: bool) -> list[Renderable
     differ = differing([one.job.overrides for one in standings])
     keys = list(dict.fromkeys(key for job in differ for key in job))
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for head in ("", *keys, "state", "step", "now", "run"):
+    for head in ("", *short_names(keys).values(), "state", "step", "now", "run"):
         grid.add_column(head, no_wrap=True)
     for number, (one, own) in enumerate(zip(standings, differ, strict=True), start=1):
         act = what_happens(one, retry_failed)
@@ -95,8 +85,8 @@ def _notes(standings: Sequence[Standing], retry_failed: bool) -> list[Renderable
     if not left:
         return []
     lines = [f"{one.job.name} {_word(one)}: {one.reason}" for one in left if one.reason]
-    count = "1 job" if len(left) == 1 else f"{len(left)} jobs"
-    fix = f"{count} failed or cancelled: hydra.sweeper.retry_failed=true starts them again."
+    count, them = ("1 job", "it") if len(left) == 1 else (f"{len(left)} jobs", "them")
+    fix = f"{count} failed or cancelled: hydra.sweeper.retry_failed=true starts {them} again."
     return [Text(line) for line in [*lines, fix]]
 
 
