@@ -52,7 +52,7 @@ class Processes:
         """The signal to that process alone."""
         self.running[number].send_signal(what)
 
-    def wait_until_said(self, number: int, text: str, timeout_s: float = 120) -> None:
+    def wait_until_said(self, number: int, text: str, timeout_s: float = 600) -> None:
         """Returns once process `number` has printed `text`; AssertionError where it ends first."""
         deadline = time.monotonic() + timeout_s
         while text not in self.output(number):

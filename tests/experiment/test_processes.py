@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -191,6 +192,7 @@ def wait_for(processes: Processes, run: Run, step: int) -> None:
     manifest = run.root / "checkpoints" / str(step) / "manifest.json"
     while not manifest.exists():
         assert all(process.poll() is None for process in processes.running), processes.output(0)
+        time.sleep(0.02)
 
 
 def test_a_killed_process_ends_the_run_and_the_restart_is_bit_equal(
@@ -231,6 +233,7 @@ def test_hosts_that_share_no_disk_keep_a_run_in_a_store(
     def wait(processes: Processes, is_there: Callable[[], bool]) -> None:
         while not is_there():
             assert all(process.poll() is None for process in processes.running), processes.output(0)
+            time.sleep(0.1)
 
     with start(SLOW="1") as processes:
         wait(processes, (root / "checkpoints" / "2" / "manifest.json").exists)
@@ -246,7 +249,7 @@ def test_hosts_that_share_no_disk_keep_a_run_in_a_store(
     assert ended.codes == [1, -signal.SIGKILL], ended
     assert f"continuing from step {stopped['step']}" in ended.outputs[0]
     with start() as processes:
-        ended = processes.end()
+        ended = processes.end(1800)
     assert ended.codes == [0, 0], ended
     download(root, tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(read_parts(root / "metrics.jsonl")))

@@ -17,7 +17,21 @@ import pytest
 from tests.experiment.conftest import Command
 
 STEPS = 30
-RUN = [f"train.max_steps={STEPS}", "checkpoint.every=7", "checkpoint.keep=3", "run.name=run"]
+FEW_FILES = ["export.at_end=false", "metrics.sinks=[jsonl]"]
+RUN = [
+    *FEW_FILES,
+    f"train.max_steps={STEPS}",
+    "checkpoint.every=7",
+    "checkpoint.keep=3",
+    "run.name=run",
+]
+SHORT = [
+    *FEW_FILES,
+    "sample.every=null",
+    "train.max_steps=4",
+    "checkpoint.every=2",
+    "run.name=run",
+]
 Rows = Callable[[Path], list[dict[str, Any]]]
 
 
@@ -153,11 +167,10 @@ def test_damaged_checkpoint_falls_back_and_ends_the_same(
 
 
 def test_nothing_valid_left_refuses_to_start_anew(command: Command) -> None:
-    short = ["train.max_steps=4", "checkpoint.every=2", "run.name=run"]
-    assert command.run(*short)[0] == 0
+    assert command.run(*SHORT)[0] == 0
     for manifest in command.path("run").glob("checkpoints/*/manifest.json"):
         manifest.write_text("{}")
-    code, output = command.run(*short, "train.max_steps=6")
+    code, output = command.run(*SHORT, "train.max_steps=6")
     assert code == 1
     assert "no valid checkpoint left" in output
     assert "Traceback" not in output
@@ -166,29 +179,28 @@ def test_nothing_valid_left_refuses_to_start_anew(command: Command) -> None:
 
 def test_starting_again(command: Command, rows: Rows) -> None:
     """Finished says so; more steps go on; changed keys are refused, told or free; policies hold."""
-    short = ["train.max_steps=4", "checkpoint.every=2", "run.name=run"]
-    assert command.run(*short)[0] == 0
+    assert command.run(*SHORT)[0] == 0
     run = command.path("run")
 
-    code, output = command.run(*short)
+    code, output = command.run(*SHORT)
     assert (code, "is finished" in output) == (0, True)
-    code, output = command.run(*short, "train.max_steps=6")
+    code, output = command.run(*SHORT, "train.max_steps=6")
     assert code == 0 and "continuing from step 4" in output
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
 
-    code, output = command.run(*short, "train.max_steps=8", "run.seed=5")
+    code, output = command.run(*SHORT, "train.max_steps=8", "run.seed=5")
     assert code == 2 and "run.seed" in output and "0 there, 5 here" in output
     assert status(run)["status"] == "finished"
-    code, output = command.run(*short, "train.max_steps=8", "optimizer.lr=2e-5", "metrics.every=2")
+    code, output = command.run(*SHORT, "train.max_steps=8", "optimizer.lr=2e-5", "metrics.every=2")
     assert code == 0 and "changed since the last start: optimizer.lr" in output
 
-    code, output = command.run(*short, "run.resume=never")
+    code, output = command.run(*SHORT, "run.resume=never")
     assert code == 2 and "run.resume=never" in output
     code, output = command.run("train.max_steps=4", "run.name=other", "run.resume=must")
     assert code == 2 and "run.resume=must" in output
     assert not command.path("other").exists()
 
-    code, output = command.run("train.max_steps=8", f"run.resume_from={run}@6")
+    code, output = command.run(*FEW_FILES, "train.max_steps=8", f"run.resume_from={run}@6")
     assert code == 0, output
     (fork,) = (path for path in command.path().iterdir() if path.name != "run")
     assert json.loads((fork / "run.json").read_text())["parent"] == f"{run}@6"
@@ -215,10 +227,9 @@ def test_second_process_is_refused_while_the_first_lives(command: Command) -> No
 
 
 def test_updates_that_are_not_finite_stop_the_run(command: Command) -> None:
-    good = ["train.max_steps=4", "checkpoint.every=2", "run.name=run"]
-    assert command.run(*good)[0] == 0
+    assert command.run(*SHORT)[0] == 0
     broken = ["optimizer.lr=1e38", "optimizer.max_grad_norm=null", "train.max_bad_steps=3"]
-    code, output = command.run(*good, *broken, "train.max_steps=40", "checkpoint.every=0")
+    code, output = command.run(*SHORT, *broken, "train.max_steps=40", "checkpoint.every=0")
     assert code == 1, output
     assert "train.max_bad_steps=3" in output and "Traceback" not in output
     assert status(command.path("run"))["status"] == "failed"

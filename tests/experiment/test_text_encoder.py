@@ -27,6 +27,7 @@ RUN = [
     "optimizer.text_encoder_lr=0.05",  # four steps must show in a picture
     "checkpoint.every=2",
     "export.at_end=false",
+    "metrics.sinks=[jsonl]",
     f"sample.guidance_rescale={RESCALE}",
     "run.name=run",
 ]

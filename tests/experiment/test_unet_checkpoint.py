@@ -177,6 +177,7 @@ def test_training_starts_from_it(command: Command, tmp_path: Path) -> None:
         "run.name=mine",
         "sample.every=null",
         "export.at_end=false",
+        "metrics.sinks=[jsonl]",
     )
     assert code == 0, output
     _, saved = restore_params(command.path("mine", "checkpoints"), "params", say=print)
