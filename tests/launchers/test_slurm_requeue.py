@@ -232,6 +232,7 @@ def test_a_run_longer_than_its_time_limit_goes_on_in_the_next_job(
 def test_a_detached_sweep_is_collected_by_the_same_command(array: Typed) -> None:
     shell = array.shell
     for tag in ("plain", "told", "killed"):
+        shell.go(run_of(array, tag))
         shell.wait_for_end(run_of(array, tag))
     before = shell.launches()
     code, output = shell.run("train", *ARRAY)
