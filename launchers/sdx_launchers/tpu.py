@@ -26,7 +26,7 @@ from sdx_launchers.launch_record import SNAPSHOTS, read_outcome, record_root
 from sdx_launchers.ssh import Host, ssh_argv
 from sdx_launchers.tpu_checks import all_problems
 from sdx_launchers.tpu_client import Tpus
-from sdx_launchers.tpu_pool import Pool
+from sdx_launchers.tpu_pool import Pool, say
 from sdx_launchers.tpu_requests import (
     Spec,
     creation,
@@ -73,12 +73,12 @@ class TpuLauncher:
         place, owner = place_of(settings), owner_of(settings)
         name = example_name(owner)
         labelled = labels(owner, jobs[0].sweep, 16 * "x", 0, shape=spec.shape, keep=settings.keep)
-        wait_s = 60 * settings.startup_timeout_min
+        lasts_s = 60 * (settings.startup_timeout_min + settings.lease_min)
         most = min(max_parallel or self.parallel, len(jobs))
         return "\n".join(
             [
                 f"Up to {most} of these at a time, each used by one job after the other.",
-                f"CreateQueuedResource {_json(creation(place, name, spec, labelled, wait_s))}",
+                f"CreateQueuedResource {_json(creation(place, name, spec, labelled, lasts_s))}",
                 *(line for job in jobs for line in self._commands(job, spec, name)),
                 "left for the next sweep (keep=true)"
                 if settings.keep
@@ -111,8 +111,9 @@ class TpuLauncher:
 
     def __enter__(self) -> "TpuLauncher":
         found = sweep_up(self._resolved(), kept=False, connect=self._connect)
-        if found.deleted or found.faults:
-            print(found, flush=True)
+        found.in_use.clear()
+        if found.deleted or found.kept or found.faults:
+            say(str(found))
         return self
 
     def __exit__(self, *error: object) -> None:

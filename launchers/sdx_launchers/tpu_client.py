@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sdx_launchers.jobs import LaunchError
-from sdx_launchers.tpu_requests import Place, delete_by_hand, deletion, missing_library
+from sdx_launchers.tpu_requests import Place, deletion, missing_library
 
 _CALL_S, _KEEP_TRYING_S = 60.0, 300.0  # one request; with those that follow while the API is away
 _DELETE_WITHIN_S = 1800.0
@@ -168,7 +168,7 @@ class Tpus:
             if time.monotonic() > deadline:
                 raise LaunchError(
                     f"{name}: could not be deleted within {_DELETE_WITHIN_S / 60:.0f} minutes and "
-                    f"may cost money; {delete_by_hand(self.place, name)}"
+                    "may cost money."
                 )
             time.sleep(self._poll_s)
 

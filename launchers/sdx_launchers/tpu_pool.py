@@ -169,9 +169,9 @@ class Pool:
             pause = min(2 * pause, 30 * self._settings.poll_s)
 
     def _ask(self, name: str, deadline: float, cancelled: threading.Event) -> Tpu:
-        wait_s = max(0.0, deadline - time.monotonic())
-        labelled = self._labels(wait_s + self._lease_s)
-        request = creation(self._tpus.place, name, self._spec, labelled, wait_s)
+        lasts_s = max(0.0, deadline - time.monotonic()) + self._lease_s
+        labelled = self._labels(lasts_s)
+        request = creation(self._tpus.place, name, self._spec, labelled, lasts_s)
         operation = self._tpus.create(request)
         said = _Said(name)
         state = "asked for"

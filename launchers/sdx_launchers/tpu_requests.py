@@ -175,9 +175,9 @@ def lease_end(labelled: Mapping[str, str]) -> float:
 
 
 def creation(
-    place: Place, name: str, spec: Spec, labelled: Mapping[str, str], wait_s: float
+    place: Place, name: str, spec: Spec, labelled: Mapping[str, str], lasts_s: float
 ) -> dict[str, Any]:
-    """The request CreateQueuedResource. After `wait_s` in the queue the service gives up too."""
+    """The request CreateQueuedResource. After `lasts_s` in the queue the service gives it up."""
     node: dict[str, Any] = {"parent": place.parent, "node": _node(spec) | {"labels": {**labelled}}}
     if (script := self_delete_script(place, name, spec.self_delete_min)) is not None:
         node["node"]["metadata"] = {"startup-script": script}
@@ -191,7 +191,7 @@ def creation(
         "queuedResource": {
             "tpu": {"nodeSpec": [node]},
             **_tier(place, spec),
-            "queueingPolicy": {"validUntilDuration": f"{max(1, int(wait_s))}s"},
+            "queueingPolicy": {"validUntilDuration": f"{max(1, int(lasts_s))}s"},
         },
     }
 

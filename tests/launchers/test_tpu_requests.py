@@ -25,8 +25,6 @@ from sdx_launchers.tpu_requests import (
 )
 from tests.launchers.tpu_jobs import make_job, make_settings, tpu_config
 
-pytestmark = pytest.mark.fast
-
 GOLDEN = Path(__file__).parent / "golden"
 PRESETS = sorted(path.stem for path in (CONF / "run_on").glob("tpu_*.yaml"))
 
@@ -79,6 +77,7 @@ NAMES = [
 ]  # fmt: skip
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_what_is_no_name_is_refused(text: str, tmp_path: Path) -> None:
     """All of them at once."""
@@ -152,6 +151,7 @@ def test_a_missing_library_is_named_with_sdx_s_extra(
     )
 
 
+@pytest.mark.fast
 def test_every_described_tpu_has_its_run_on() -> None:
     described = {path.stem for path in (CONF / "hardware").glob("tpu_*.yaml")}
     assert {*PRESETS} == described
@@ -161,12 +161,13 @@ def test_every_described_tpu_has_its_run_on() -> None:
 def test_presets_ask_for_the_tpus_of_their_hardware(preset: str, tmp_path: Path) -> None:
     text = (CONF / "run_on" / f"{preset}.yaml").read_text()
     found = dict(re.findall(r"^    (accelerator_type|runtime_version): (\S+)$", text, re.M))
-    assert compose([f"run_on={preset}", "model=tiny"]).hardware.name == preset
+    config = compose([f"run_on={preset}", "model=tiny"])
+    assert config.hardware.name == preset
     settings = make_settings(None, tmp_path, **found)
-    job = make_job(tmp_path, config=tpu_config(f"hardware={preset}"))
-    assert problems(settings, job) == ""
+    assert problems(settings, make_job(tmp_path, config=config)) == ""
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("owner", ["ann", "a_b", "0", "x" * 63])
 def test_names_are_new_and_say_whose(owner: str) -> None:
     first, second = new_name(owner), new_name(owner)
@@ -174,6 +175,7 @@ def test_names_are_new_and_say_whose(owner: str) -> None:
     assert re.fullmatch(r"sdx-[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?-[0-9a-f]{8}", first)
 
 
+@pytest.mark.fast
 def test_labels_hold_what_google_allows() -> None:
     made = labels("ann", "My sweep/ß", "holder", 12.7, shape="s", keep=True)
     assert made["sdx-sweep"] == "my-sweep--"
@@ -181,6 +183,7 @@ def test_labels_hold_what_google_allows() -> None:
     assert len(as_label("x" * 100)) == 63
 
 
+@pytest.mark.fast
 def test_only_the_same_kind_stands_for_another(tmp_path: Path) -> None:
     base = spec_of(make_settings(None, tmp_path), 1)
     others: list[dict[str, Any]] = [
@@ -197,6 +200,7 @@ def test_only_the_same_kind_stands_for_another(tmp_path: Path) -> None:
     assert spec_of(make_settings(None, tmp_path, owner="bob"), 1).shape == base.shape
 
 
+@pytest.mark.fast
 def test_requests_are_what_the_api_knows(tmp_path: Path) -> None:
     """Its own messages take them, and nothing is lost on the way."""
     import json
@@ -225,6 +229,7 @@ FAKES = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("code", [0, 22])
 def test_a_machine_deletes_its_tpu_by_itself(code: int, tmp_path: Path) -> None:
     """With the token of its service account, which is in no argument; else it shuts down."""
