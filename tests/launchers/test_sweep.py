@@ -102,7 +102,8 @@ def test_a_named_sweep_of_encodings(tmp_path: Path) -> None:
         "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n"
         "      data.num_examples: 16\n"
     )
-    arguments = ["sweep=sizes", "hydra.launcher.poll_s=0.2"]
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    arguments = ["sweep=sizes", cache, "hydra.launcher.poll_s=0.2"]
     for word in ("starts", "starts"):  # an encoding finds by itself what is done
         code, output = Command(tmp_path).run(*arguments, command="encode")
         assert code == 0 and word in output, output
