@@ -45,8 +45,10 @@ def run_of(typed: Typed, tag: str) -> str:
 
 
 def set_limit(shell: Shell, run: str, *, minutes: int) -> None:
-    """Another time limit for its job."""
-    shell.cluster.run("scontrol", "update", f"jobid={shell.id(run)}", f"timelimit={minutes}")
+    """Another time limit for its job, where that has not ended."""
+    id = shell.id(run)
+    if shell.cluster.queue().get(id) in ("PENDING", "RUNNING"):
+        shell.cluster.run("scontrol", "update", f"jobid={id}", f"timelimit={minutes}")
 
 
 @pytest.fixture(scope="module")
