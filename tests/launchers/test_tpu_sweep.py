@@ -21,7 +21,7 @@ from tests.launchers.source_tree import SourceTree
 from tests.launchers.sshd import SshdWorker, ssh_overrides, sshd_workers
 from tests.launchers.tpu_server import TpuServer, serving
 from tests.object_store import ENVIRONMENT
-from tests.processes import Ended, Processes, free_port
+from tests.processes import Processes, free_port
 
 DEADLINE_S = 900.0
 CANARY = "hf_" + "canary" * 6
@@ -78,7 +78,7 @@ class Cloud:
             "train", *ONE_JOB, place, where=self.folder, environment=variables
         )
         ended = Processes([started]).end(DEADLINE_S)
-        assert ended.codes == [0], ended
+        assert ended.codes == [0], str(ended)
         return losses(self.folder / "alone" / "r")
 
     def take_away(self) -> None:
@@ -165,7 +165,7 @@ def test_a_sweep_goes_on_after_its_launcher_was_killed_and_its_tpu_taken_away(
         assert cloud.server.names("ACTIVE") not in ([], [stray])
         cloud.take_away()
         ended = second.end(DEADLINE_S)
-    assert ended.codes == [0], ended
+    assert ended.codes == [0], str(ended)
     assert cloud.status is Status.finished and cloud.server.names() == [] and cloud.is_quiet()
     assert cloud.run is not None
     reached = losses(cloud.run.root)
@@ -178,9 +178,9 @@ def test_a_worker_that_fails_ends_the_job_and_is_named(cloud: Cloud) -> None:
     """The workers share a mounted folder and nothing else."""
     fault = {**VARIABLES, "SDX_TEST_RAISE": "2:3", "SDX_TEST_SLOW": "0"}
     with cloud.typed(str(cloud.folder / "mount" / "runs"), variables=fault) as sweep:
-        ended: Ended = sweep.end(DEADLINE_S)
-    assert ended.codes == [1], ended
-    assert "worker 2 of sdx-ann-" in ended.outputs[0], ended
-    assert "ArithmeticError: a fault planted in rank 2" in ended.outputs[0], ended
+        ended = sweep.end(DEADLINE_S)
+    said = str(ended)
+    assert ended.codes == [1], said
+    assert "process 2" in said and "ArithmeticError: a fault planted in rank 2" in said, said
     assert cloud.status is Status.failed
     assert cloud.server.names() == [] and cloud.is_quiet()
