@@ -211,7 +211,7 @@ class TpuSettings(LauncherSettings):
         unit="minutes", above=0, identity=False,
     )  # fmt: skip
     self_delete_min: float | None = option(
-        24.0 * 60, "A TPU deletes itself after so long, whatever happens to the launcher.",
+        7 * 24.0 * 60, "A TPU deletes itself after so long, whatever happens to the launcher.",
         unit="minutes", above=0, identity=False,
     )  # fmt: skip
     api_endpoint: str | None = option(
