@@ -120,9 +120,10 @@ def show(watch: Watch, *, follows: bool) -> bool:
     if folder is not None:
         try:
             write_table(folder, table)
-            print(f"{folder}: summary.csv, summary.json, summary.md, curves.png")
         except OSError as error:
             print(f"sdx: {folder}: no summary written ({error.strerror})", file=sys.stderr)
+        else:
+            print(f"{folder}: summary.csv, summary.json, summary.md, curves.png")
     return follows and any(run.status == Status.failed.name for run in table.runs)
 
 

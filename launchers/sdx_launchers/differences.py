@@ -1,7 +1,6 @@
 """The fewest keys that tell runs apart: those typed for them, and others where these do not."""
 
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Any
 
 from sdx.config.leaves import spelled
 from sdx_launchers.run_facts import RunFacts
@@ -17,11 +16,12 @@ def differing_keys(runs: Sequence[RunFacts]) -> list[str]:
 
     Of the others one that follows from those before it is left out: with `model` all of it is told.
     """
+    told = [run for run in runs if run.config or run.overrides]
     known = [run for run in runs if run.config]
-    typed = dict.fromkeys(key for run in known for key in _typed(run) if key not in _HIDDEN)
+    typed = dict.fromkeys(key for run in told for key in _typed(run) if key not in _HIDDEN)
     leaves = dict.fromkeys(key for run in known for key in run.config if key not in _HIDDEN)
     choices = dict.fromkeys(key for key in leaves if key.rpartition(".")[2] in _CHOICES)
-    keys = [key for key in typed if not _follows(key, (), known)]
+    keys = [key for key in typed if not _follows(key, (), told)]
     for key in choices | leaves:
         if key not in typed and not _follows(key, keys, known):
             keys.append(key)
@@ -30,12 +30,13 @@ def differing_keys(runs: Sequence[RunFacts]) -> list[str]:
 
 def value_of(run: RunFacts, key: str) -> str | None:
     """The value of a key or the option of a group, as a person types it; None where it has none."""
+    typed = _typed(run)
+    if key in typed:  # before the configuration, where a batch size may be resolved to another
+        return spelled(_number(typed[key]))
     if key in run.config:
         return spelled(run.config[key])
-    for choice in (_typed(run).get(key), *(run.config.get(f"{key}.{name}") for name in _CHOICES)):
-        if choice is not None:
-            return spelled(choice)
-    return None
+    choices = (run.config.get(f"{key}.{name}") for name in _CHOICES)
+    return next((spelled(choice) for choice in choices if choice is not None), None)
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
@@ -52,7 +53,15 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _typed(run: RunFacts) -> dict[str, Any]:
+def _number(typed: str) -> float | str:
+    """A number as a configuration holds it, however it was typed."""
+    try:
+        return float(typed)
+    except ValueError:
+        return typed
+
+
+def _typed(run: RunFacts) -> dict[str, str]:
     pairs = (text.lstrip(_COMMAND_LINE).partition("=") for text in run.overrides)
     return {key: value for key, _, value in pairs}
 

@@ -12,7 +12,7 @@ from sdx.record.files import write_json
 from sdx.record.lock import RunLock
 from sdx.record.owner import this_process
 from sdx.record.status import Status
-from sdx_launchers.differences import differing_keys, short_names
+from sdx_launchers.differences import differing_keys, short_names, value_of
 from sdx_launchers.found import find
 from sdx_launchers.jobs import Ended
 from sdx_launchers.launch_record import write_outcome
@@ -77,6 +77,16 @@ def test_keys_typed_together_are_both_shown(tmp_path: Path) -> None:
             overrides=[f"+optimizer.lr={lr}", f"train.max_steps={size}", f"run.name={name}"],
         )
     assert table_of(tmp_path).keys == ["optimizer.lr", "train.max_steps"]
+
+
+def test_jobs_that_have_not_begun_are_told_apart_by_what_was_typed(tmp_path: Path) -> None:
+    typed = {"a": ["optimizer.lr=1e-3", "train.max_steps=4"], "b": ["optimizer.lr=0.5"]}
+    typed["b"].append("train.max_steps=4.0")
+    resolved = {"train.max_steps": None, "optimizer.lr": 0.001}
+    make_run(tmp_path, "a", overrides=typed["a"], config=resolved)
+    table = table_of(make_sweep(tmp_path, typed))
+    assert table.keys == ["optimizer.lr"]
+    assert [value_of(run, "optimizer.lr") for run in table.runs] == ["0.001", "0.5"]
 
 
 def test_names_of_keys_are_as_short_as_they_can_be() -> None:
