@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 
 from sdx.parallel.agreement import is_first, mark, process_count, process_index, take_marks
@@ -26,7 +27,6 @@ ARRAYS = "state"
 _PARTS = "ocdbt.process_"
 _INDEX, _INDEX_DATA = "manifest.ocdbt", "d"
 _LOOK_EVERY_S = 0.1  # whether the others have uploaded their parts
-_OF_EACH = "array_metadatas"  # of each process, a file by its number
 
 
 def writer(*, is_shared: bool) -> ocp.AsyncCheckpointer:
@@ -42,13 +42,20 @@ def writer(*, is_shared: bool) -> ocp.AsyncCheckpointer:
         active_processes={process_index()},
         barrier_sync_key_prefix=f"sdx-alone-{process_index()}",
     )
+    # Handlers of its own: those that Orbax gives to all have one store of metadata, which waits for
+    # the folder of the process that came first in whoever was made last, a reader for instance.
+    arrays = ocp.type_handlers.ArrayHandler()
     handler = ocp.BasePyTreeCheckpointHandler(
         multiprocessing_options=alone,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
         enable_post_merge_validation=False,  # it misses the other processes' parts
     )
     return ocp.AsyncCheckpointer(
         ocp.PyTreeCheckpointHandler(handler_impl=handler, multiprocessing_options=alone),
         multiprocessing_options=alone,
+        # Else each tells itself that its folder is there under a name that is the same in all, and
+        # the first to have saved removes it while others wait for it.
+        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
     )
 
 
@@ -97,7 +104,7 @@ def _keep_own_part(step: Path) -> None:
     if process_count() == 1:
         return
     for path in (step / ARRAYS).iterdir():
-        is_own = path.name.startswith((_PARTS, _OF_EACH))
+        is_own = path.name.startswith(_PARTS)
         if is_own or (is_first() and path.name not in (_INDEX, _INDEX_DATA)):
             continue
         if path.is_dir():

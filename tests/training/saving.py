@@ -2,7 +2,8 @@
 
     python -m tests.training.saving ACT,ACT... FOLDER DATA FSDP distributed.*=...
 
-Acts: `save=STEP`, `restore`, `restore_once` (one copy of the model is read and sent to the others).
+Acts: `save=STEP`, `go_on=STEP` (restores first), `restore`, `restore_once` (one copy of the model
+is read and sent to the others).
 The state of a step is `state_of(step)`; every array has a number that bits alone tell apart.
 """
 
@@ -113,8 +114,10 @@ def main() -> None:
     for act in acts.split(","):
         once = mesh if act == "restore_once" else None
         checkpointer = Checkpointer(as_path(folder), keep=2, say=said.append, reads_once=once)
-        if act.startswith("save="):
-            step = int(act.removeprefix("save="))
+        if act.startswith(("save=", "go_on=")):
+            step = int(act.partition("=")[2])
+            if act.startswith("go_on="):
+                restored(checkpointer, mesh)
             checkpointer.save(step, placed(step, mesh))
             checkpointer.wait()
             done[act] = checkpointer.steps()

@@ -91,8 +91,9 @@ def test_hosts_without_a_common_disk_write_to_a_store(bucket: str, tmp_path: Pat
     for path in scratch:
         path.mkdir(parents=True)
     own = {"TMPDIR": str(tmp_path / "scratch" / "{process}")}
-    for done in act(2, "save=1,save=2,save=3", folder, 2, 2, **own):
-        assert [done[f"save={step}"] for step in (1, 2, 3)] == [[1], [1, 2], [2, 3]]
+    acts = ("save=1", "save=2", "go_on=3")
+    for done in act(2, ",".join(acts), folder, 2, 2, **own):
+        assert [done[name] for name in acts] == [[1], [1, 2], [2, 3]]
     proven = json.loads((folder / "3" / "manifest.json").read_text())["files"]
     assert proven.keys() == (folder / "3").files().keys() - {"manifest.json"}
     parts = {name.split("/")[1] for name in proven}
