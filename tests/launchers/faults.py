@@ -34,7 +34,7 @@ def _place(self: Program, host: HostBatch) -> Batch:
 def _linger(step: int) -> None:
     if step > 3:
         time.sleep(float(os.environ.get("SDX_TEST_SLOW", 0)))
-    go = Path(os.environ.get("SDX_JOB", "")).with_name("go")
+    go = Path(os.environ.get("SDX_JOB", "job.json")).with_name("go")
     while str(step) == os.environ.get("SDX_TEST_HOLD") and not go.exists():
         time.sleep(0.1)
 
