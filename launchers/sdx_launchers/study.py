@@ -43,7 +43,10 @@ class Trial:
 
     def describe(self) -> str:
         """Number and values, on one line."""
-        values = " ".join(f"{name}={spelled(value)}" for name, value in self.values.items())
+        values = " ".join(
+            str(value) if "+" in name else f"{name}={spelled(value)}"
+            for name, value in self.values.items()
+        )
         return f"trial {self.number}: {values}"
 
     def note_run(self, name: str) -> None:

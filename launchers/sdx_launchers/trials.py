@@ -113,6 +113,7 @@ class Trials:
             course.attach(standing.handle)
             return
         if standing.is_to_start(self.study.settings.retry_failed):
+            course.ended.pop(job.name, None)  # of a start before
             course.start([standing])
             if job.name in course.ended:  # it could not be started
                 self._end(job.name, course.ended[job.name])
@@ -149,16 +150,18 @@ class Trials:
                 self._end(job.name, ended)
 
     def _report(self, running: _Running) -> None:
-        column = self._column(running.job)
-        news = [trial.report(step, value) for trial in running.trials for step, value in column]
-        first = running.trials[0]
-        if not any(news) or running.is_pruned or not first.should_prune():
-            return
+        """Tells what is new, a step at a time: other trials may have no value of a later one."""
+        for step, value in self._column(running.job):
+            news = [trial.report(step, value) for trial in running.trials]
+            if any(news) and not running.is_pruned and running.trials[0].should_prune():
+                self._prune(running, step, value)
+
+    def _prune(self, running: _Running, step: int, value: float | None) -> None:
         running.is_pruned = True
-        step, value = column[-1]
+        number = running.trials[0].number
         said = "not finite" if value is None else f"{value:.4g}"
-        reason = f"{self.objective.metric} {said} at step {step} of trial {first.number}"
-        print(f"trial {first.number}: {reason} is worse than before; asked to stop", flush=True)
+        reason = f"{self.objective.metric} {said} at step {step} of trial {number}"
+        print(f"trial {number}: {reason} is worse than before; asked to stop", flush=True)
         request_stop(running.job.paths, Status.pruned, f"{reason} was worse than before")
 
     def _column(self, job: Job) -> list[tuple[int, float | None]]:

@@ -57,11 +57,12 @@ class Run:
         if self.world.fails(self.job):
             write_status(paths, Status.failed, step=len(rows), reason="out of memory")
             return Ended(Status.failed, "exit code 1")
-        rows.append(json.dumps({"step": len(rows) + 1, "loss": self.world.loss(self.job)}))
+        for _ in range(self.world.steps_at_once):
+            rows.append(json.dumps({"step": len(rows) + 1, "loss": self.world.loss(self.job)}))
         write_text(paths.metrics, "\n".join(rows) + "\n")
-        if len(rows) < STEPS:
+        if len(rows) < (self.job.config.train.max_steps or 0):
             return None
-        write_status(paths, Status.finished, step=STEPS)
+        write_status(paths, Status.finished, step=len(rows))
         return Ended(Status.finished)
 
     def stop(self) -> None:
@@ -81,7 +82,8 @@ class World:
     loss: Callable[[Job], float] = loss_by_rate
     fails: Callable[[Job], bool] = lambda job: False
     started: list[str] = field(default_factory=list)
-    most_at_once: int = 0
+    steps_at_once: int = 1
+    was_left: bool = False
     looks: int = 0
     parallel: int | None = 1
     takes_all = False
@@ -103,8 +105,11 @@ class World:
             self.started.append(job.name)
         return [Run(job, self) for job in jobs]
 
-    def attach(self, job: Job, launch: Mapping[str, Any]) -> None:
-        return None
+    def attach(self, job: Job, launch: Mapping[str, Any]) -> Run | None:
+        if not self.was_left:
+            return None
+        self.was_left = False
+        return Run(job, self, is_stopped=True)
 
     def __enter__(self) -> "World":
         return self
@@ -201,6 +206,14 @@ def test_a_bad_trial_is_asked_to_stop_and_is_pruned(capsys: pytest.CaptureFixtur
     assert "best: trial" in capsys.readouterr().out
 
 
+def test_steps_that_no_other_trial_has_are_judged_by_those_before() -> None:
+    world = World(loss=lambda job: job.config.optimizer.lr, steps_at_once=20)
+    values = ("optimizer.lr=1e-5,1e-3", "train.max_steps=20,600")
+    zipped = {"zip": ["optimizer.lr+train.max_steps"], "sampler": SearchSampler.random}
+    assert run(world, *values, **zipped, pruner=Pruner.median, n_startup_trials=1, seed=4) == 0
+    assert states()[0] == "COMPLETE" and set(states()) == {"COMPLETE", "PRUNED"}
+
+
 @pytest.mark.parametrize("killed_at", [1, 5, STEPS, STEPS + 1, 2 * STEPS + 3])
 def test_a_search_killed_anywhere_goes_on_with_the_same_runs(killed_at: int) -> None:
     whole = World()
@@ -217,6 +230,22 @@ def test_a_search_killed_anywhere_goes_on_with_the_same_runs(killed_at: int) -> 
     assert states() == ["COMPLETE"] * 4
     assert list(dict.fromkeys(world.started)) == names
     assert len(world.started) - before == 4 - (before - 1)  # what ran then is started once more
+
+
+def test_a_run_that_a_killed_search_left_saving_is_waited_for_and_started_again() -> None:
+    world = World(killed_at=3)
+    with pytest.raises(Killed):
+        run(world)
+    [name] = world.started
+    write_launch(Path("outputs/launches", name))
+    world.killed_at, world.was_left = None, True
+    assert run(world) == 0
+    assert world.started[:2] == [name, name] and states() == ["COMPLETE"] * 4
+
+
+def write_launch(folder: Path) -> None:
+    """As the launcher of the killed search did."""
+    (folder / "launch.json").write_text(json.dumps({"launcher": "sdx_local", "id": "1"}))
 
 
 def test_seeds_repeat_and_differ() -> None:
