@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from sdx.config.errors import ConfigError
 from sdx.record.metrics import read_column
 from sdx.record.status import Status
-from sdx.record.stop_request import request_stop
+from sdx.record.stop_request import read_stop, request_stop
 from sdx.record.store import StoreError, patiently
 from sdx_launchers.course import Course
 from sdx_launchers.jobs import Ended, Job
@@ -27,7 +27,8 @@ class _Running:
 
     job: Job
     trials: list[Trial]
-    is_pruned: bool = False
+    pruned_for: str | None = None
+    """Why it was asked to stop."""
     is_attached: bool = False
 
 
@@ -153,23 +154,21 @@ class Trials:
         """Tells what is new, a step at a time: other trials may have no value of a later one."""
         for step, value in self._column(running.job):
             news = [trial.report(step, value) for trial in running.trials]
-            if any(news) and not running.is_pruned and running.trials[0].should_prune():
-                self._prune(running, step, value)
-
-    def _prune(self, running: _Running, step: int, value: float | None) -> None:
-        running.is_pruned = True
-        number = running.trials[0].number
-        said = "not finite" if value is None else f"{value:.4g}"
-        reason = f"{self.objective.metric} {said} at step {step} of trial {number}"
-        print(f"trial {number}: {reason} is worse than before; asked to stop", flush=True)
-        request_stop(running.job.paths, Status.pruned, f"{reason} was worse than before")
+            if any(news) and not running.pruned_for and running.trials[0].should_prune():
+                said = "not finite" if value is None else f"{value:.4g}"
+                running.pruned_for = f"{self.objective.metric} {said} at step {step} is worse"
+                number = running.trials[0].number
+                print(f"trial {number}: {running.pruned_for}; asked to stop", flush=True)
+        paths = running.job.paths
+        if running.pruned_for and read_stop(paths) is None:  # its start removes what was there
+            request_stop(paths, Status.pruned, running.pruned_for)
 
     def _column(self, job: Job) -> list[tuple[int, float | None]]:
         return read_column(job.paths.metrics, self.objective.metric)
 
     def _end(self, name: str, ended: Ended) -> None:
         running = self._running.pop(name)
-        if running.is_pruned and ended.status is Status.interrupted:  # before it could say so
+        if running.pruned_for and ended.status is Status.interrupted:  # before it could say so
             ended = Ended(Status.pruned, ended.reason)
         self._answer(running.trials, running.job, ended)
 

@@ -42,9 +42,17 @@ class Run:
     world: "World"
     id: str = "1"
     is_stopped: bool = False
+    num_looks: int = 0
 
     def poll(self) -> Ended | None:
         paths = self.job.paths
+        if self.num_looks < self.world.looks_to_start:
+            self.num_looks += 1
+            return None
+        if self.num_looks == self.world.looks_to_start:
+            self.num_looks += 1
+            paths.stop.unlink(missing_ok=True)
+            return None
         rows = paths.metrics.read_text().splitlines() if paths.metrics.exists() else []
         asked = read_stop(paths)
         self.world.looks += 1
@@ -84,6 +92,7 @@ class World:
     started: list[str] = field(default_factory=list)
     steps_at_once: int = 1
     was_left: bool = False
+    looks_to_start: int = 0
     looks: int = 0
     parallel: int | None = 1
     takes_all = False
@@ -101,7 +110,6 @@ class World:
     def start(self, jobs: Sequence[Job], max_parallel: int | None) -> Sequence[Run]:
         for job in jobs:
             job.paths.root.mkdir(parents=True, exist_ok=True)
-            job.paths.stop.unlink(missing_ok=True)
             self.started.append(job.name)
         return [Run(job, self) for job in jobs]
 
@@ -202,7 +210,7 @@ def test_a_bad_trial_is_asked_to_stop_and_is_pruned(capsys: pytest.CaptureFixtur
     assert [trial["state"] for trial in trials] == ["COMPLETE"] * 3 + ["PRUNED", "COMPLETE"]
     assert len(trials[3]["told"]) < STEPS
     status = json.loads(Path("outputs", world.started[3], "status.json").read_text())
-    assert status["status"] == "pruned" and "loss 9 at step 1 of trial 3" in status["reason"]
+    assert status["status"] == "pruned" and status["reason"] == "loss 9 at step 1 is worse"
     assert "best: trial" in capsys.readouterr().out
 
 
@@ -241,6 +249,23 @@ def test_a_run_that_a_killed_search_left_saving_is_waited_for_and_started_again(
     world.killed_at, world.was_left = None, True
     assert run(world) == 0
     assert world.started[:2] == [name, name] and states() == ["COMPLETE"] * 4
+
+
+def test_a_run_asked_to_stop_before_it_started_again_is_asked_once_more() -> None:
+    world = World(loss=lambda job: job.config.optimizer.lr, killed_at=24)
+    values = ("optimizer.lr=1e-5,1e-3", "train.max_steps=20,600")
+    settings = {"zip": ["optimizer.lr+train.max_steps"], "sampler": SearchSampler.random,
+                "pruner": Pruner.none, "seed": 4, "n_trials": 2}  # fmt: skip
+    with pytest.raises(Killed):
+        run(world, *values, **settings)
+    assert states() == ["COMPLETE", "RUNNING"]
+    assert len(journal()[1]["told"]) < 6  # more than the killed search heard of:
+    metrics = Path("outputs", world.started[1], "metrics.jsonl")
+    metrics.write_text("".join(f'{{"step": {n}, "loss": 0.001}}\n' for n in range(1, 7)))
+    world.killed_at, world.looks_to_start = None, 3
+    settings |= {"pruner": Pruner.median, "n_startup_trials": 1}
+    assert run(world, *values, **settings) == 0
+    assert states() == ["COMPLETE", "PRUNED"]
 
 
 def write_launch(folder: Path) -> None:
