@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from sdx.record.snapshot import SnapshotError
 from sdx.record.status import RunStatus, Status
+from sdx.record.store import StoreError
 from sdx_launchers.jobs import Ended, Handle, Job, Launcher, LaunchError
 from sdx_launchers.launch_record import write_job, write_outcome
 from sdx_launchers.standing import Standing, look, settle
@@ -71,7 +72,12 @@ class Course:
         """The jobs that have ended since the last look."""
         over: list[Job] = []
         for handle in [*self.running]:
-            said = handle.poll()
+            try:
+                said = handle.poll()
+            except StoreError as error:
+                if not error.may_pass:
+                    raise
+                continue  # where its run lies does not answer: asked again, the others go on
             if said is None:
                 continue
             self.running.remove(handle)

@@ -5,11 +5,13 @@ that two of the same do not start a job twice, the plan is shown, and the jobs a
 any point, the same command finds in the records what there is still to do.
 """
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -22,7 +24,8 @@ from sdx.record.status import Status
 from sdx.record.store import StoreError
 from sdx_launchers import course, summary
 from sdx_launchers.course import Course
-from sdx_launchers.jobs import Job, Launcher
+from sdx_launchers.jobs import Handle, Job, Launcher
+from sdx_launchers.launch_record import read_job, read_launch, read_outcome
 from sdx_launchers.objective import Objective, parse_objective
 from sdx_launchers.places import attach_by, make_launcher
 from sdx_launchers.plan import differing, label, show_plan, shown_path
@@ -36,7 +39,7 @@ from sdx_launchers.sweep_folder import (
     sweep_name,
     write_manifest,
 )
-from sdx_launchers.sweep_process import SweepProcess
+from sdx_launchers.sweep_process import SweepProcess, is_running
 from sdx_launchers.telling import Progress, best_value, going_on
 
 FINISHED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
@@ -79,10 +82,20 @@ def prepare(
     problems += [objective] if isinstance(objective, Problem) else []
     sweep = sweep_name(request.command, request.jobs, settings.name)
     jobs = make_jobs(request.command, request.jobs, sweep)
+    problems += _path_problems(jobs[0])
     problems += launcher.problems(jobs)
     if problems or isinstance(objective, Problem):
         raise ConfigError(problems)
     return Prepared(sweep_folder(jobs[0].config, sweep), jobs, objective, launcher, name)
+
+
+def _path_problems(job: Job) -> list[Problem]:
+    """Of the folder that holds the code of all jobs."""
+    folder = str(job.folder.parent.parent)
+    if os.pathsep not in folder:
+        return []
+    rule = f"the code of jobs lies below it, and PYTHONPATH takes no {os.pathsep} in a folder"
+    return [Problem("run.output_dir", repr(folder), rule, "use another folder")]
 
 
 def manifest(prepared: Prepared, request: SweepRequest) -> None:
@@ -122,7 +135,7 @@ def launch(
 
 
 def _dry_run(prepared: Prepared, settings: SweeperSettings) -> int:
-    standings = _survey(prepared)
+    standings = _survey(prepared, is_dry=True)
     _show(prepared, settings, standings)
     jobs = [one.job for one in standings if one.is_to_start(settings.retry_failed)]
     print(prepared.launcher.describe(jobs, settings.max_parallel))
@@ -134,7 +147,8 @@ def _run(
     prepared: Prepared, request: SweepRequest, settings: SweeperSettings, process: SweepProcess
 ) -> int:
     launcher, folder = prepared.launcher, prepared.folder
-    standings = _survey(prepared)
+    _wait_for_no_other(prepared)
+    standings = _survey(prepared, is_dry=False)
     _show(prepared, settings, standings)
     manifest(prepared, request)
     todo = [one for one in standings if one.handle or one.is_to_start(settings.retry_failed)]
@@ -149,7 +163,8 @@ def _run(
             is_cancelled=lambda: process.is_cancelled,
         )
     conclude(folder, still_running=len(jobs.running))
-    if launcher.detach and not signals.count and jobs.running:
+    were_refused = any(ended.status is Status.failed for ended in jobs.ended.values())
+    if launcher.detach and not signals.count and jobs.running and not were_refused:
         return FINISHED
     return exit_code([_status(one, jobs, {other.job.name for other in todo}) for one in standings])
 
@@ -173,9 +188,30 @@ def _status(standing: Standing, jobs: Course, todo: set[str]) -> Status | None:
     return Status.interrupted if name in todo else standing.status
 
 
-def _survey(prepared: Prepared) -> list[Standing]:
-    """How the jobs stand, those included that were started by another launcher before."""
-    return look(prepared.jobs, attach_by(prepared.launcher_name, prepared.launcher))
+def _survey(prepared: Prepared, *, is_dry: bool) -> list[Standing]:
+    """How the jobs stand, those included that were started by another launcher before. Dry, what
+    is half handed in is left as it is: a look would take it back or let it start."""
+    attach = attach_by(prepared.launcher_name, prepared.launcher)
+
+    def attach_whole(job: Job, launch: Mapping[str, Any]) -> Handle | None:
+        return None if launch.get("released") is False else attach(job, launch)
+
+    return look(prepared.jobs, attach_whole if is_dry else attach)
+
+
+def _wait_for_no_other(prepared: Prepared) -> None:
+    """Raises RefusedStart where another sweep is about to start one of the jobs: what it has not
+    written down yet would be taken back, or started twice."""
+    for job in prepared.jobs:
+        noted = read_job(job.folder)
+        if noted is None or noted["sweep"] == job.sweep or read_outcome(job.folder) is not None:
+            continue
+        is_handed_over = (read_launch(job.folder) or {"released": False}).get("released", True)
+        if not is_handed_over and is_running(prepared.folder.with_name(str(noted["sweep"]))):
+            raise RefusedStart(
+                f"{job.name}: the sweep {noted['sweep']} is about to start it; type the command "
+                "again when it has."
+            )
 
 
 def _show(prepared: Prepared, settings: SweeperSettings, standings: Sequence[Standing]) -> None:

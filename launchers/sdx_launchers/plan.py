@@ -70,11 +70,11 @@ def _table(standings: Sequence[Standing], retry_failed: bool) -> list[Renderable
         state = "new" if one.status is None else one.status.name
         grid.add_row(
             str(number),
-            *(own.get(key, "") for key in keys),
+            *(Text(own.get(key, "")) for key in keys),  # a value such as [a,b] is no markup
             state,
             str(one.step or ""),
             Text(act, style=_STYLES.get(act.split()[0], "green")),
-            one.job.name,
+            Text(one.job.name),
         )
     return [grid, *_notes(standings, retry_failed)]
 

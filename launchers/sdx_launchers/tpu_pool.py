@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -86,6 +87,10 @@ class Pool:
             thread.start()
         for thread in threads:
             thread.join()
+        known = {tpu.name for tpu in self._there}
+        for entry in self._ledger.entries():  # what could not be deleted before
+            if entry.holder == self._holder and entry.name not in known:
+                self._try_to_remove(entry.name)
 
     def take(self, limit: int, cancelled: threading.Event) -> Tpu:
         """A TPU for one job: one that is free, else another one, of at most `limit` at a time.
@@ -285,8 +290,11 @@ class Pool:
             say(f"{tpu.name}: {error}")
 
     def _end(self, tpu: Tpu) -> None:
+        self._try_to_remove(tpu.name)
+
+    def _try_to_remove(self, name: str) -> None:
         try:
-            self._remove(tpu.name)
+            self._remove(name)
         except LaunchError as error:
             say(f"{error}\nfix: python -m sdx.runs --sweep-up")
 
@@ -325,5 +333,7 @@ class _Said:
 
 
 def say(text: str) -> None:
-    """A line for the person, beside what the jobs say."""
-    print(f"sdx: {text}", file=sys.stderr, flush=True)
+    """A line for the person, beside what the jobs say. Nobody may be there to read it any more (a
+    terminal that hung up, `2>&1 | tee` after Ctrl-C): TPUs are deleted all the same."""
+    with suppress(OSError, ValueError):
+        print(f"sdx: {text}", file=sys.stderr, flush=True)

@@ -81,8 +81,8 @@ class TpuRun:
         except LaunchError as error:
             self._ended = Ended(Status.failed, str(error))
         except Exception as error:  # of ours: the sweep goes on, and shows it
-            traceback.print_exc()
             self._ended = Ended(Status.failed, f"{type(error).__name__}: {error}")
+            say(traceback.format_exc().rstrip())
 
     def _go(self) -> Ended:
         losses = 0

@@ -517,14 +517,21 @@ def _neighbours(got: int, unit: int) -> str:
 
 def _names(config: Config) -> Iterator[Problem]:
     name = config.run.name
-    if name is not None and (name in {"", ".", ".."} or os.path.basename(name) != name):
+    if name is not None and not _is_folder_name(name):
         yield Problem("run.name", name, "must be one folder name", "use run.output_dir for a path")
+    if not _is_folder_name(config.model.name):  # the folder's name begins with it
+        yield Problem("model.name", config.model.name, "must be one folder name")
     if name is not None and len(os.fsencode(name)) > _MAX_NAME_BYTES:
         yield Problem("run.name", name, f"must be at most {_MAX_NAME_BYTES} bytes long")
     if not config.run.output_dir:
         yield Problem("run.output_dir", "''", "must be a folder")
     if config.run.resume_from == "":
         yield Problem("run.resume_from", "''", "must be RUN or RUN@STEP, or null")
+
+
+def _is_folder_name(name: str) -> bool:
+    """On one line, too: logs, tables and scripts hold it."""
+    return name not in {"", ".", ".."} and os.path.basename(name) == name and name.isprintable()
 
 
 def _places(config: Config) -> Iterator[Problem]:

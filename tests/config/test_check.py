@@ -518,6 +518,14 @@ RULES = {
         "run.name=a/b",
         "run.name=a/b: must be one folder name; use run.output_dir for a path.",
     ),
+    "run name that rings": (
+        "run.name='a\ab'",
+        "run.name=a\ab: must be one folder name; use run.output_dir for a path.",
+    ),
+    "model name": (
+        "model.name=../a",
+        "model.name=../a: must be one folder name.",
+    ),
     "long run name": (
         f"run.name={'a' * 201}",
         f"run.name={'a' * 201}: must be at most 200 bytes long.",

@@ -18,11 +18,12 @@ from sdx.config.schema import Config
 from sdx.config.sweeping import SweepRequest, SweptJob
 from sdx.record.files import read_json, write_text
 from sdx.record.status import Status, write_status
+from sdx.record.store import StoreError
 from sdx_launchers import driver
 from sdx_launchers.jobs import Ended, Job, LaunchError
-from sdx_launchers.launch_record import read_outcome, write_launch, write_outcome
+from sdx_launchers.launch_record import read_outcome, write_job, write_launch, write_outcome
 from sdx_launchers.sweep_folder import make_jobs, sweep_folder, sweep_name
-from sdx_launchers.sweep_process import ask_to_cancel
+from sdx_launchers.sweep_process import SweepProcess, ask_to_cancel
 
 pytestmark = pytest.mark.fast
 
@@ -359,6 +360,72 @@ def test_a_detached_sweep_leaves_when_all_is_submitted(
     assert "3 jobs go on without this process" in said
     assert f"python -m sdx.runs outputs/sweeps/{sweep.folder.name} --follow" in said
     assert [one.stops for one in place.handles] == [0, 0, 0]
+
+
+def test_a_detached_sweep_does_not_hide_jobs_that_were_refused(sweep: Sweep) -> None:
+    place = Place(parallel=None, takes_all=True, outlives_driver=True, detach=True, refuses=("b",))
+    handed_over(sweep.jobs[0], place, Run(looks=1000))
+    assert sweep.run(place) == 1
+
+
+@pytest.mark.parametrize("is_dry", [True, False])
+def test_a_dry_run_does_not_touch_what_is_half_handed_in(sweep: Sweep, is_dry: bool) -> None:
+    """It would be taken back, or let go."""
+    asked: list[str] = []
+
+    class Asked(Place):
+        def attach(self, job: Job, launch: Mapping[str, Any]) -> Running | None:
+            asked.append(job.name)
+            return None
+
+    for job, released in zip(sweep.jobs[:2], (False, True), strict=True):
+        job.folder.mkdir(parents=True)
+        write_launch(job, NAME, "17", released=released)
+    assert sweep.run(Asked(), dry_run=is_dry) == 0
+    assert asked == (["b"] if is_dry else ["a", "b"])
+
+
+@pytest.mark.parametrize("launch", [None, {"released": False}])
+def test_a_job_that_another_sweep_is_about_to_start_is_not_started_twice(
+    sweep: Sweep, launch: dict[str, bool] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = replace(sweep.jobs[1], sweep="other")
+    write_job(other, NAME)
+    if launch is not None:
+        write_launch(other, NAME, "", **launch)
+    place = Place()
+    with SweepProcess(sweep.folder.with_name("other")):
+        assert sweep.run(place) == 2
+    assert place.started == []
+    assert "b: the sweep other is about to start it" in capsys.readouterr().err
+    assert sweep.run(place) == 0 and place.started == ["a", "b", "c"]
+
+
+def test_a_store_that_does_not_answer_for_a_while_ends_no_sweep(sweep: Sweep) -> None:
+    def away() -> None:
+        if place.handles[0].looks == 1:
+            raise StoreError("s3://bucket: does not answer.", may_pass=True)
+
+    place = Place({"a": [Run(act=away)]})
+    assert sweep.run(place) == 0
+    assert place.started == ["a", "b", "c"] and place.handles[0].looks == 2
+
+
+def test_a_folder_that_no_path_of_python_can_name_is_refused(sweep: Sweep) -> None:
+    for one in sweep.request.jobs:
+        one.config.run = replace(one.config.run, output_dir="a:b")  # type: ignore[misc]
+    with pytest.raises(ConfigError, match="PYTHONPATH takes no : in a folder"):
+        sweep.run(Place())
+
+
+def test_values_in_brackets_are_shown_as_they_are(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for one, value in zip(sweep.request.jobs, ("[unet]", "[unet,text]", "[/unet]"), strict=True):
+        one.overrides[:] = [f"train.parts={value}"]
+    assert sweep.run(Place(), dry_run=True) == 0
+    said = capsys.readouterr().out
+    assert " [unet] " in said and " [unet,text] " in said and " [/unet] " in said
 
 
 def interrupting(times: int) -> Callable[[], None]:

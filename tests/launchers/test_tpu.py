@@ -446,3 +446,34 @@ def test_a_bug_of_ours_in_one_job_is_that_jobs_failure(
     [ended] = ends(endpoint, tmp_path, Script())
     assert ended == Ended(Status.failed, "ZeroDivisionError: oops")
     assert server.names() == []
+
+
+class HungUp:
+    """A terminal that nobody sits at any more."""
+
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+    def flush(self) -> None:
+        raise OSError(5, "Input/output error")
+
+
+def test_tpus_are_deleted_though_nobody_reads_what_is_said(
+    server: TpuServer, endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", HungUp())
+    assert ends(endpoint, tmp_path, Script()) == [Ended(Status.finished)]
+    assert server.names() == [] and Ledger().entries() == []
+
+
+def test_one_that_could_not_be_deleted_is_deleted_at_the_end(
+    server: TpuServer, endpoint: str, tmp_path: Path
+) -> None:
+    def preempt() -> RemoteEnd:
+        server.preempt(server.names()[0])
+        server.refuse("DeleteQueuedResource", grpc.StatusCode.PERMISSION_DENIED, "not now")
+        return LOST
+
+    [ended] = ends(endpoint, tmp_path, Script(ends=[preempt, *[lambda: FINISHED] * 3]))
+    assert ended.status is Status.failed and "not now" in str(ended.reason)
+    assert server.names() == [] and Ledger().entries() == []
