@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _act(arguments: argparse.Namespace) -> bool:
     """Does the one thing asked for; whether something of it failed."""
-    from sdx_launchers import comparison, control  # after --help
+    from sdx_launchers.runs import comparison, control  # after --help
 
     say = partial(print, flush=True)
     if arguments.compare:
@@ -58,7 +58,7 @@ def _fail(text: str, code: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from sdx_launchers.objective import objective_argument
+    from sdx_launchers.sweep.objective import objective_argument
 
     parser = argparse.ArgumentParser(prog="python -m sdx.runs", description=__doc__)
     parser.add_argument(

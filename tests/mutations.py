@@ -581,7 +581,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a SLURM job that is told to stop does not go back into the queue",
-        "launchers/sdx_launchers/slurm_after.py",
+        "launchers/sdx_launchers/slurm/after.py",
         "or _requeue()",
         'or "not requeued"',
         (
@@ -591,7 +591,7 @@ MUTATIONS = (
     ),
     Mutation(
         "processes of a SLURM job outlive a dead one",
-        "launchers/sdx_launchers/slurm_script.py",
+        "launchers/sdx_launchers/slurm/script.py",
         '"--kill-on-bad-exit=1"',
         '"--kill-on-bad-exit=0"',
         (
@@ -601,28 +601,28 @@ MUTATIONS = (
     ),
     Mutation(
         "a SLURM job is judged by the processes that srun ended, not by the one that failed",
-        "launchers/sdx_launchers/slurm_after.py",
+        "launchers/sdx_launchers/slurm/after.py",
         "named, how = found[0]",
         "named, how = found[-1]",
         ("tests/launchers/test_slurm_script.py::test_what_is_done_or_failed_does_not_go_on",),
     ),
     Mutation(
         "a SLURM that does not answer has lost its jobs",
-        "launchers/sdx_launchers/slurm.py",
+        "launchers/sdx_launchers/slurm/launcher.py",
         "if state is None and not self._queue.is_silent:",
         "if state is None:",
         ("tests/launchers/test_slurm_launcher.py::test_a_silent_scheduler_loses_no_job",),
     ),
     Mutation(
         "a SLURM job starts before it is written down",
-        "launchers/sdx_launchers/slurm_script.py",
+        "launchers/sdx_launchers/slurm/script.py",
         '            "hold": True,\n',
         "",
         ("tests/launchers/test_slurm_script.py::test_golden",),
     ),
     Mutation(
         "jobs of a SLURM sweep are no array",
-        "launchers/sdx_launchers/slurm_script.py",
+        "launchers/sdx_launchers/slurm/script.py",
         "executor.map_array(os.execvp, [argv[0] for argv in commands], commands)",
         "[executor.submit(os.execvp, argv[0], argv) for argv in commands]",
         (
@@ -632,14 +632,14 @@ MUTATIONS = (
     ),
     Mutation(
         "a job on a TPU worker that ends with 255 is a lost connection",
-        "launchers/sdx_launchers/remote_processes.py",
+        "launchers/sdx_launchers/tpu/remote_processes.py",
         "if line.startswith(self.token):",
         "if line.startswith(self.token) and self.client.returncode != 255:",
         (f"{WORKERS}::test_one_failure_ends_all_and_says_whose_it_was",),
     ),
     Mutation(
         "another machine at the address of a TPU worker is trusted",
-        "launchers/sdx_launchers/ssh.py",
+        "launchers/sdx_launchers/tpu/ssh.py",
         '"StrictHostKeyChecking": "accept-new"',
         '"StrictHostKeyChecking": "no"',
         (
@@ -648,21 +648,21 @@ MUTATIONS = (
     ),
     Mutation(
         "TPU workers get the whole environment of the launching side",
-        "launchers/sdx_launchers/workers.py",
+        "launchers/sdx_launchers/tpu/workers.py",
         "{name: os.environ[name] for name in names}",
         "dict(os.environ)",
         (f"{WORKERS}::test_a_command_instead_of_ssh_and_a_token_that_is_written_nowhere",),
     ),
     Mutation(
         "a job on a TPU worker is asked to stop together with what works for it",
-        "launchers/sdx_launchers/supervise.py",
+        "launchers/sdx_launchers/tpu/supervise.py",
         "self.process.send_signal(signal.SIGTERM)",
         "os.killpg(self.process.pid, signal.SIGTERM)",
         ("tests/launchers/test_supervise.py::test_what_works_for_the_job_lives_while_it_saves",),
     ),
     Mutation(
         "jobs of SLURM run the code of the moment they start",
-        "launchers/sdx_launchers/slurm.py",
+        "launchers/sdx_launchers/slurm/launcher.py",
         "max_parallel, snapshot.python_path)",
         "max_parallel, [Path(__file__).parents[2], Path(__file__).parents[1]])",
         (
@@ -672,21 +672,21 @@ MUTATIONS = (
     ),
     Mutation(
         "a sweep believes its launcher before the record of the run",
-        "launchers/sdx_launchers/standing.py",
+        "launchers/sdx_launchers/sweep/standing.py",
         "return Ended(run.status, run.reason or told)",
         "return ended",
         (f"{SWEEPS}::test_whose_word_counts",),
     ),
     Mutation(
         "a sweep with fail_fast goes on with the next job",
-        "launchers/sdx_launchers/course.py",
+        "launchers/sdx_launchers/sweep/course.py",
         "heard, is_stopping = signals.count, True\n            pending.clear()",
         "heard, is_stopping = signals.count, True",
         (f"{SWEEPS}::test_fail_fast_stops_those_that_run_and_starts_no_others",),
     ),
     Mutation(
         "a job that was cut off with the sweep before is not gone on with",
-        "launchers/sdx_launchers/course.py",
+        "launchers/sdx_launchers/sweep/course.py",
         "pending += look([job], lambda job, launch: None)",
         "pass",
         (f"{SWEEPS}::test_what_a_sweep_before_started_is_waited_for",),
@@ -700,14 +700,14 @@ MUTATIONS = (
     ),
     Mutation(
         "a search that was cut off asks its first trials again",
-        "launchers/sdx_launchers/study.py",
+        "launchers/sdx_launchers/search/study.py",
         "seed = (settings.seed * _SPREAD + number) % 2**32",
         "seed = settings.seed",
         ("tests/launchers/test_study.py::test_seeds_repeat_however_often_the_search_was_cut_off",),
     ),
     Mutation(
         "trials that a killed search was running are forgotten",
-        "launchers/sdx_launchers/trials.py",
+        "launchers/sdx_launchers/search/trials.py",
         "self._before.extend(self.study.running())",
         "self._before.extend([])",
         (
@@ -727,7 +727,7 @@ MUTATIONS = (
     ),
     Mutation(
         "jobs that run at the same time share all cores",
-        "launchers/sdx_launchers/local.py",
+        "launchers/sdx_launchers/local/launcher.py",
         'with open(path, "ab") as log, _on(share):',
         'with open(path, "ab") as log:',
         (
@@ -737,21 +737,21 @@ MUTATIONS = (
     ),
     Mutation(
         "TPUs of other owners are strays too",
-        "launchers/sdx_launchers/tpu_strays.py",
+        "launchers/sdx_launchers/tpu/strays.py",
         "if found.labels.get(OWNER) == owner]",
         "if OWNER in found.labels]",
         (f"{TPU_STRAYS}::test_only_ones_own_expired_leases_are_deleted",),
     ),
     Mutation(
         "only a launcher of this machine vouches for a TPU, no lease does",
-        "launchers/sdx_launchers/tpu_strays.py",
+        "launchers/sdx_launchers/tpu/strays.py",
         "return max(map(lease_end, current)) > time.time()",
         "return False",
         (f"{TPU_STRAYS}::test_only_ones_own_expired_leases_are_deleted",),
     ),
     Mutation(
         "a TPU's name is written down after it was asked for",
-        "launchers/sdx_launchers/tpu_pool.py",
+        "launchers/sdx_launchers/tpu/pool.py",
         "        operation = self._tpus.create(request)",
         "        self._ledger.strike(name)\n        operation = self._tpus.create(request)",
         (
@@ -761,7 +761,7 @@ MUTATIONS = (
     ),
     Mutation(
         "exit code 75 on a preempted TPU ends the job",
-        "launchers/sdx_launchers/tpu_run.py",
+        "launchers/sdx_launchers/tpu/run.py",
         "why = self._look(tpu, _LOOKS.get(end.code, 1))",
         "why = None if end.code == 75 else self._look(tpu, _LOOKS.get(end.code, 1))",
         (f"{TPU}::test_a_preempted_job_goes_on_with_another_tpu",),
@@ -782,14 +782,14 @@ MUTATIONS = (
     ),
     Mutation(
         "sdx.runs --cancel ends jobs of other sweeps",
-        "launchers/sdx_launchers/control.py",
+        "launchers/sdx_launchers/runs/control.py",
         "if (owner := _other_sweep(watch.found, run)) is not None:",
         "if (owner := None) is not None:",
         (f"{RUNS_COMMAND}::test_cancelling_asks_jobs_of_the_sweep_and_no_others",),
     ),
     Mutation(
         "the last value of a metric is shown as the best",
-        "launchers/sdx_launchers/objective.py",
+        "launchers/sdx_launchers/sweep/objective.py",
         "return min(finite, key=lambda one: self.key(one.value or 0.0), default=None)",
         "return next(reversed(finite), None)",
         (f"{RUNS_TABLE}::test_a_metric_that_nobody_has_is_said_to_be_missing",),

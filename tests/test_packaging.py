@@ -72,7 +72,8 @@ def test_wheel_carries_configuration_and_model(wheel_python: Path, tmp_path: Pat
     assert shown.returncode == 0, shown.stderr
     assert "name: tiny" in shown.stdout
     installed = Path(where.strip()).parents[1]
-    assert (installed / "sdx_launchers" / "bootstrap.sh").is_file()  # what TPU workers run first
+    script = installed / "sdx_launchers" / "tpu" / "bootstrap.sh"
+    assert script.is_file()  # what TPU workers run first
     clip = installed / "sdx" / "assets" / "clip"
     for kind in ("sd1", "sd2"):
         assert (clip / kind / "vocab.json").is_file() and (clip / kind / "merges.txt").is_file()

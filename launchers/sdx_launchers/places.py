@@ -8,9 +8,9 @@ from sdx.config.launching import LAUNCHERS, LauncherSettings
 from sdx_launchers.jobs import Handle, Job, Launcher
 
 _PLACES = {
-    "sdx_local": ("sdx_launchers.local", "LocalLauncher"),
-    "sdx_slurm": ("sdx_launchers.slurm", "SlurmLauncher"),
-    "sdx_tpu": ("sdx_launchers.tpu", "TpuLauncher"),
+    "sdx_local": ("sdx_launchers.local.launcher", "LocalLauncher"),
+    "sdx_slurm": ("sdx_launchers.slurm.launcher", "SlurmLauncher"),
+    "sdx_tpu": ("sdx_launchers.tpu.launcher", "TpuLauncher"),
 }
 
 

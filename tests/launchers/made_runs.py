@@ -11,7 +11,7 @@ from sdx.record.paths import RunPaths
 from sdx.record.status import Status, write_status
 from sdx.record.store import AnyPath
 from sdx_launchers.jobs import Job
-from sdx_launchers.sweep_folder import write_manifest
+from sdx_launchers.sweep.folder import write_manifest
 
 CONFIG: dict[str, Any] = {
     "model.name": "tiny",

@@ -12,8 +12,8 @@ from sdx.config.launching import SlurmSettings
 from sdx.config.schema import Config
 from sdx.record.paths import RunPaths
 from sdx_launchers.jobs import Job
-from sdx_launchers.slurm_request import request_of
-from sdx_launchers.slurm_script import Submission
+from sdx_launchers.slurm.request import request_of
+from sdx_launchers.slurm.script import Submission
 
 ROOT = Path("/cluster/home/ann/outputs")
 PYTHON = "/opt/python/bin/python3.11"

@@ -19,11 +19,11 @@ from sdx.config.sweeping import SweepRequest, SweptJob
 from sdx.record.files import read_json, write_text
 from sdx.record.status import Status, write_status
 from sdx.record.store import StoreError
-from sdx_launchers import driver
 from sdx_launchers.jobs import Ended, Job, LaunchError
 from sdx_launchers.launch_record import read_outcome, write_job, write_launch, write_outcome
-from sdx_launchers.sweep_folder import make_jobs, sweep_folder, sweep_name
-from sdx_launchers.sweep_process import SweepProcess, ask_to_cancel
+from sdx_launchers.sweep import driver
+from sdx_launchers.sweep.folder import make_jobs, sweep_folder, sweep_name
+from sdx_launchers.sweep.process import SweepProcess, ask_to_cancel
 
 pytestmark = pytest.mark.fast
 

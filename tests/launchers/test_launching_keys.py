@@ -19,13 +19,11 @@ from sdx.config.leaves import leaves_of
 pytestmark = pytest.mark.fast
 
 READERS = {
-    SweeperSettings: ("launchers/sdx_launchers/driver.py", "sdx/config/sweeping.py"),
-    SearchSettings: tuple(
-        f"launchers/sdx_launchers/{name}.py" for name in ("search", "study", "trials")
-    ),
-    LocalSettings: ("launchers/sdx_launchers/local.py",),
-    SlurmSettings: ("launchers/sdx_launchers/slurm*.py",),
-    TpuSettings: tuple(f"launchers/sdx_launchers/{name}.py" for name in ("tpu*", "ssh", "workers")),
+    SweeperSettings: ("launchers/sdx_launchers/sweep/driver.py", "sdx/config/sweeping.py"),
+    SearchSettings: ("launchers/sdx_launchers/search/*.py",),
+    LocalSettings: ("launchers/sdx_launchers/local/launcher.py",),
+    SlurmSettings: ("launchers/sdx_launchers/slurm/*.py",),
+    TpuSettings: ("launchers/sdx_launchers/tpu/*.py",),
 }
 """The files whose `settings` are of that class."""
 

@@ -18,8 +18,8 @@ from sdx.config.compose import compose
 from sdx.config.launching import LocalSettings
 from sdx.record.paths import RunPaths
 from sdx_launchers.jobs import Job, LaunchError
-from sdx_launchers.local import LocalLauncher, _check
-from sdx_launchers.shares import Share
+from sdx_launchers.local.launcher import LocalLauncher, _check
+from sdx_launchers.local.shares import Share
 from tests.conftest import require
 from tests.experiment.conftest import MICRO
 from tests.parallel.test_rehearsal import TARGET, children_of, is_alive

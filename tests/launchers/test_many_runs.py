@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from sdx.record.store import as_path
-from sdx_launchers.found import find
-from sdx_launchers.runs_table import tabulate
+from sdx_launchers.runs.found import find
+from sdx_launchers.runs.table import tabulate
 from tests.launchers.made_runs import launched, make_job, make_run, make_sweep
 
 

@@ -24,11 +24,12 @@ from sdx.record.lock import RunLock
 from sdx.record.owner import owner_of
 from sdx.record.status import Status, write_status
 from sdx.record.stop_request import read_stop
-from sdx_launchers import control, places
-from sdx_launchers.comparison import compare, render
-from sdx_launchers.control import Watch
+from sdx_launchers import places
 from sdx_launchers.jobs import Ended, Job
-from sdx_launchers.sweep_process import SweepProcess
+from sdx_launchers.runs import control
+from sdx_launchers.runs.comparison import compare, render
+from sdx_launchers.runs.control import Watch
+from sdx_launchers.sweep.process import SweepProcess
 from tests.launchers.made_runs import launched, make_job, make_run, make_sweep
 
 pytestmark = pytest.mark.fast
@@ -89,7 +90,7 @@ def test_a_summary_without_any_run(tmp_path: Path) -> None:
 
 
 def test_curves_tell_thirty_runs_apart(tmp_path: Path) -> None:
-    from sdx_launchers.curves import _named, _style
+    from sdx_launchers.runs.curves import _named, _style
 
     kinds = {str(n): {"losses": [1.0, n / 40]} for n in range(1, 31)}
     watch = Watch(make_lrs(tmp_path, **kinds))
@@ -367,8 +368,8 @@ def test_an_end_that_nobody_saw_is_noted(
 def test_strays_are_swept_up(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sdx_launchers import tpu_strays
-    from sdx_launchers.tpu_strays import SweptUp
+    from sdx_launchers.tpu import strays as tpu_strays
+    from sdx_launchers.tpu.strays import SweptUp
 
     for found, code in ((SweptUp(deleted=["sdx-1"]), 0), (SweptUp(faults=["sdx-2: denied"]), 1)):
         monkeypatch.setattr(tpu_strays, "sweep_up", lambda settings, found=found: found)

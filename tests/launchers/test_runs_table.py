@@ -12,12 +12,12 @@ from sdx.record.files import write_json
 from sdx.record.lock import RunLock
 from sdx.record.owner import this_process
 from sdx.record.status import Status
-from sdx_launchers.differences import differing_keys, short_names, value_of
-from sdx_launchers.found import find
 from sdx_launchers.jobs import Ended
 from sdx_launchers.launch_record import write_outcome
-from sdx_launchers.objective import Objective, parse_objective
-from sdx_launchers.runs_table import RunsTable, duration, print_table, render, tabulate
+from sdx_launchers.runs.differences import differing_keys, short_names, value_of
+from sdx_launchers.runs.found import find
+from sdx_launchers.runs.table import RunsTable, duration, print_table, render, tabulate
+from sdx_launchers.sweep.objective import Objective, parse_objective
 from tests.launchers.made_runs import launched, make_job, make_run, make_sweep
 
 pytestmark = pytest.mark.fast

@@ -24,7 +24,7 @@ from sdx.record.files import write_text
 from sdx.record.status import Status, write_status
 from sdx.record.stop_request import read_stop
 from sdx_launchers.jobs import Ended, Job
-from sdx_launchers.search import search
+from sdx_launchers.search.driver import search
 
 STEPS = 6
 LR = "optimizer.lr=tag(log,interval(1e-6,1e-3))"
@@ -129,7 +129,8 @@ class World:
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sdx_launchers.summary.draw_curves", lambda table: None)  # half a second
+    # half a second each time
+    monkeypatch.setattr("sdx_launchers.runs.summary.draw_curves", lambda table: None)
 
 
 @cache

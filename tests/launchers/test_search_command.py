@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sdx.config.launching import SearchSampler, SearchSettings
-from sdx_launchers.objective import Objective
-from sdx_launchers.search_space import read_space
-from sdx_launchers.study import Study
+from sdx_launchers.search.space import read_space
+from sdx_launchers.search.study import Study
+from sdx_launchers.sweep.objective import Objective
 from tests.launchers.test_local import descendants, is_alive, num_rows, sweep, wait_until
 
 # Judged by its rate, so that nothing depends on noise: the bad trial is worse from its first step,

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from sdx_launchers.shares import Share, share_out, this_machine
+from sdx_launchers.local.shares import Share, share_out, this_machine
 
 pytestmark = pytest.mark.fast
 

@@ -14,11 +14,12 @@ from sdx.record.paths import RunPaths
 from sdx.record.snapshot import Snapshot
 from sdx.record.status import Status, write_status
 from sdx.record.stop_request import read_stop
-from sdx_launchers import slurm, slurm_queue
 from sdx_launchers.jobs import Ended, Job, LaunchError
 from sdx_launchers.launch_record import read_launch, write_job, write_launch
-from sdx_launchers.slurm import SlurmHandle, SlurmLauncher
-from sdx_launchers.slurm_queue import Queue, SchedulerError, accounted, named, queued
+from sdx_launchers.slurm import launcher as slurm
+from sdx_launchers.slurm import queue as slurm_queue
+from sdx_launchers.slurm.launcher import SlurmHandle, SlurmLauncher
+from sdx_launchers.slurm.queue import Queue, SchedulerError, accounted, named, queued
 from tests.launchers.slurm_jobs import make_job, make_settings, put_on_path, slurm_config
 
 pytestmark = pytest.mark.fast

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from sdx.config.hydra_keys import for_hydra
-from sdx_launchers.slurm_request import Request, job_problems, request_of, settings_problems
+from sdx_launchers.slurm.request import Request, job_problems, request_of, settings_problems
 from tests.launchers.slurm_jobs import make_job, make_settings, slurm_config
 
 pytestmark = pytest.mark.fast

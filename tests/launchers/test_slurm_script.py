@@ -24,7 +24,7 @@ from sdx.record.status import Status
 from sdx.record.stop_request import request_stop
 from sdx_launchers.jobs import LaunchError
 from sdx_launchers.launch_record import write_job, write_launch
-from sdx_launchers.slurm_script import Submission, render, submit
+from sdx_launchers.slurm.script import Submission, render, submit
 from tests.launchers.slurm_jobs import (
     make_job,
     make_settings,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sdx.config.launching import TpuSettings
-from sdx_launchers.ssh import Host, last_lines, ssh_argv, ssh_problems
+from sdx_launchers.tpu.ssh import Host, last_lines, ssh_argv, ssh_problems
 
 HOST = Host("sdx-a1", 2, "10.0.0.3")
 COMMAND = "cd '/home/me/my jobs' && echo $(hostname); exit 7"

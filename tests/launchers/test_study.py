@@ -9,9 +9,9 @@ import pytest
 
 from sdx.config.errors import ConfigError, Problem
 from sdx.config.launching import Pruner, SearchSampler, SearchSettings
-from sdx_launchers.objective import Objective
-from sdx_launchers.search_space import Choices, Numbers, Space, read_space
-from sdx_launchers.study import Study, Trial
+from sdx_launchers.search.space import Choices, Numbers, Space, read_space
+from sdx_launchers.search.study import Study, Trial
+from sdx_launchers.sweep.objective import Objective
 
 pytestmark = pytest.mark.fast
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sdx.record.launched import PIPE
-from sdx_launchers import ssh
+from sdx_launchers.tpu import ssh
 
 SUPERVISE = Path(ssh.__file__).with_name("supervise.py")
 TOKEN = "sdx-ended-0123"

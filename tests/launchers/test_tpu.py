@@ -11,12 +11,13 @@ import pytest
 
 from sdx.record.lock import RunLock, is_held
 from sdx.record.status import Status
-from sdx_launchers import tpu_pool, tpu_run
 from sdx_launchers.jobs import Ended, Handle
-from sdx_launchers.remote_processes import RemoteEnd
-from sdx_launchers.tpu_ledger import Ledger
-from sdx_launchers.tpu_strays import sweep_up
-from sdx_launchers.workers import ConnectionLost
+from sdx_launchers.tpu import pool as tpu_pool
+from sdx_launchers.tpu import run as tpu_run
+from sdx_launchers.tpu.ledger import Ledger
+from sdx_launchers.tpu.remote_processes import RemoteEnd
+from sdx_launchers.tpu.strays import sweep_up
+from sdx_launchers.tpu.workers import ConnectionLost
 from tests.launchers.tpu_jobs import (
     FAILED,
     FINISHED,
@@ -40,7 +41,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A ledger of the test's own, and no code to copy."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(tpu_pool, "_SETTLE_S", 0.1)
-    monkeypatch.setattr("sdx_launchers.tpu.take_snapshot", lambda folder: None)
+    monkeypatch.setattr("sdx_launchers.tpu.launcher.take_snapshot", lambda folder: None)
 
 
 @pytest.fixture

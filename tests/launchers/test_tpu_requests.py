@@ -13,8 +13,8 @@ import pytest
 from sdx.config.compose import compose
 from sdx.config.folders import CONF
 from sdx.config.launching import Provisioning, TpuSettings
-from sdx_launchers.tpu import TpuLauncher
-from sdx_launchers.tpu_requests import (
+from sdx_launchers.tpu.launcher import TpuLauncher
+from sdx_launchers.tpu.requests import (
     Place,
     as_label,
     creation,

@@ -15,11 +15,11 @@ import pytest
 
 from sdx.config.launching import TpuSettings
 from sdx.record.owner import this_process
-from sdx_launchers import tpu_pool
-from sdx_launchers.tpu_client import Tpus
-from sdx_launchers.tpu_ledger import Ledger
-from sdx_launchers.tpu_requests import creation, labels, place_of, spec_of
-from sdx_launchers.tpu_strays import sweep_up
+from sdx_launchers.tpu import pool as tpu_pool
+from sdx_launchers.tpu.client import Tpus
+from sdx_launchers.tpu.ledger import Ledger
+from sdx_launchers.tpu.requests import creation, labels, place_of, spec_of
+from sdx_launchers.tpu.strays import sweep_up
 from tests.launchers.test_tpu import creations, end_of, eventually
 from tests.launchers.tpu_jobs import Script, launching, make_job, make_settings
 from tests.launchers.tpu_server import QUEUE, TpuServer, serving
@@ -30,7 +30,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A ledger of the test's own, and no code to copy."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(tpu_pool, "_SETTLE_S", 0.1)
-    monkeypatch.setattr("sdx_launchers.tpu.take_snapshot", lambda folder: None)
+    monkeypatch.setattr("sdx_launchers.tpu.launcher.take_snapshot", lambda folder: None)
 
 
 @pytest.fixture

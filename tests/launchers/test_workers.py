@@ -15,11 +15,11 @@ import pytest
 
 from sdx.record.provenance import SNAPSHOT_RECORD
 from sdx.record.snapshot import Snapshot
-from sdx_launchers import remote_processes, workers
 from sdx_launchers.jobs import LaunchError
-from sdx_launchers.remote_processes import RemoteEnd, RemoteProcesses
-from sdx_launchers.ssh import Host
-from sdx_launchers.workers import ConnectionLost, Worker, Workers
+from sdx_launchers.tpu import remote_processes, workers
+from sdx_launchers.tpu.remote_processes import RemoteEnd, RemoteProcesses
+from sdx_launchers.tpu.ssh import Host
+from sdx_launchers.tpu.workers import ConnectionLost, Worker, Workers
 from tests.launchers.sshd import SshdWorker, ssh_settings, sshd_workers
 from tests.launchers.test_supervise import DEAF, SAVES, is_alive
 
@@ -202,8 +202,8 @@ import json, sys, time
 from pathlib import Path
 from sdx.config.launching import TpuSettings
 from sdx.record.snapshot import Snapshot
-from sdx_launchers.ssh import Host
-from sdx_launchers.workers import Workers
+from sdx_launchers.tpu.ssh import Host
+from sdx_launchers.tpu.workers import Workers
 
 given = json.loads(sys.argv[1])
 hosts = [Host(*fields) for fields in given["hosts"]]

@@ -15,10 +15,10 @@ from sdx.record.paths import RunPaths
 from sdx.record.snapshot import Snapshot
 from sdx_launchers.jobs import Job
 from sdx_launchers.launch_record import write_job
-from sdx_launchers.remote_processes import RemoteEnd
-from sdx_launchers.ssh import Host
-from sdx_launchers.tpu import TpuLauncher
-from sdx_launchers.workers import Worker
+from sdx_launchers.tpu.launcher import TpuLauncher
+from sdx_launchers.tpu.remote_processes import RemoteEnd
+from sdx_launchers.tpu.ssh import Host
+from sdx_launchers.tpu.workers import Worker
 
 FINISHED, INTERRUPTED = RemoteEnd(0), RemoteEnd(75)
 FAILED = RemoteEnd(1, "worker 0: exit code 1: ValueError")

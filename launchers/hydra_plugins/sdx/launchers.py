@@ -31,7 +31,7 @@ class SdxLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        from sdx_launchers.driver import launch
+        from sdx_launchers.sweep.driver import launch
 
         hydra = self._config.hydra
         name = hydra.runtime.choices["hydra/launcher"]

@@ -33,8 +33,8 @@ class GridSweeper(_SdxSweeper):
     """Every combination of the values typed."""
 
     def sweep(self, arguments: list[str]) -> None:
-        from sdx_launchers.driver import sweep
         from sdx_launchers.places import make_launcher
+        from sdx_launchers.sweep.driver import sweep
 
         launcher = make_launcher(self._launcher, self._launcher_settings)
         self._request.exit_code = sweep(self._request, self._settings, self._launcher, launcher)
@@ -45,7 +45,7 @@ class SearchSweeper(_SdxSweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         from sdx_launchers.places import make_launcher
-        from sdx_launchers.search import search
+        from sdx_launchers.search.driver import search
 
         launcher = make_launcher(self._launcher, self._launcher_settings)
         self._request.exit_code = search(self._request, self._settings, self._launcher, launcher)

@@ -34,7 +34,7 @@ srun --unbuffered --output /cluster/home/ann/outputs/sweeps/a-sweep/slurm/1/%j_%
 
 # teardown
 sdx_code=$?
-/usr/bin/env PYTHONPATH=/cluster/home/ann/outputs/snapshots/0123456789abcdef:/cluster/home/ann/outputs/snapshots/0123456789abcdef/launchers /home/ann/venv/bin/python -P -m sdx_launchers.slurm_after "$sdx_folder" "$sdx_code" --max-requeues=20 --retries=2
+/usr/bin/env PYTHONPATH=/cluster/home/ann/outputs/snapshots/0123456789abcdef:/cluster/home/ann/outputs/snapshots/0123456789abcdef/launchers /home/ann/venv/bin/python -P -m sdx_launchers.slurm.after "$sdx_folder" "$sdx_code" --max-requeues=20 --retries=2
 sdx_cause=$?
 [ "$sdx_code" -eq 0 ] || [ "$sdx_cause" -eq 0 ] || sdx_code=$sdx_cause
 exit "$sdx_code"

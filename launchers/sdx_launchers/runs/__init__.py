@@ -1,0 +1,1 @@
+"""What became of runs: tables, summaries, comparison, control."""

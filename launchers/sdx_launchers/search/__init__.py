@@ -1,0 +1,1 @@
+"""Sweeps whose values Optuna chooses."""

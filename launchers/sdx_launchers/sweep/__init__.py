@@ -1,0 +1,1 @@
+"""Jobs of a sweep: planned, started, watched, told of."""

@@ -1,0 +1,1 @@
+"""Jobs on TPU VMs: the cloud's side, and the workers'."""
