@@ -5,6 +5,7 @@ that tests start run sdx as a user would.
 """
 
 import os
+import signal
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ import pytest
 from jaxtyping import install_import_hook
 
 from tests.object_store import make_bucket, s3_server
+
+# A shell starts what it sends to the background with Ctrl-C ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CHECKED_PACKAGES = [
