@@ -148,7 +148,7 @@ class Workers:
         log = self._folder / f"worker-{number}.log"
         said_by_ssh = log.with_suffix(".ssh")
         command = shlex.join([worker.python, "-I", "-c", _LOADER])
-        source = resources.files("sdx_launchers").joinpath("supervise.py").read_bytes()
+        source = resources.files("sdx_launchers.tpu").joinpath("supervise.py").read_bytes()
         with open(log, "ab") as output, open(said_by_ssh, "wb") as errors:
             begin = output.tell()
             client = self._client(worker.host, command, output.fileno(), errors.fileno())
