@@ -1,0 +1,25 @@
+"""What a sweep says to the person who typed it, who may have gone: jobs matter more than words."""
+
+import os
+import sys
+from contextlib import suppress
+from typing import TextIO
+
+
+def say(text: str, *, aside: bool = False) -> None:
+    """A line on standard output, or `aside` on standard error. Where nobody listens any more
+    (`| head`, `| tee` after Ctrl-C, a terminal that hung up) it goes on without words."""
+    out = sys.stderr if aside else sys.stdout
+    try:
+        print(text, file=out, flush=True)
+    except OSError:
+        mute(out)
+
+
+def mute(out: TextIO) -> None:
+    """Sends nowhere what `out` still holds and gets: what else prints must not fail, nor Python
+    when it ends."""
+    with suppress(OSError, ValueError):  # a stream of a test has no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, out.fileno())
+        os.close(nowhere)
