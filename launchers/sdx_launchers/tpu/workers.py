@@ -11,7 +11,6 @@ import os
 import secrets
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from sdx.config.launching import TpuSettings
 from sdx.record.launched import PATIENCE_S, PIPE
 from sdx.record.snapshot import Snapshot, pack
 from sdx_launchers.jobs import LaunchError
+from sdx_launchers.saying import say
 from sdx_launchers.tpu.remote_processes import RemoteProcess, RemoteProcesses
 from sdx_launchers.tpu.ssh import CONNECTION_FAILED, Host, last_lines, ssh_argv, start
 
@@ -178,7 +178,7 @@ class Workers:
         if f"envs/{key}/ready" not in found:
             script = self._bootstrap(root, root / "envs" / key, path, python)
             if number == 0:  # of all of them it takes minutes
-                print(f"sdx: {host.node}: installing, see {log}", file=sys.stderr, flush=True)
+                say(f"sdx: {host.node}: installing, see {log}", aside=True)
             self._run(host, "bash -s", script.encode(), log, "the installation")
         places = tuple(path / part.relative_to(snapshot.path) for part in snapshot.python_path)
         return Worker(host, root, python, places)
