@@ -92,9 +92,9 @@ class Launcher(Protocol):
         """Whether the sweep returns as soon as all jobs are submitted."""
         ...
 
-    def problems(self, jobs: Sequence[Job]) -> list[Problem]:
-        """Everything that keeps these jobs from being started there, found without touching
-        anything."""
+    def problems(self, jobs: Sequence[Job], max_parallel: int | None) -> list[Problem]:
+        """Everything that keeps these jobs from being started there together, found without
+        touching anything."""
         ...
 
     def describe(self, jobs: Sequence[Job], max_parallel: int | None) -> str:

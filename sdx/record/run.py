@@ -19,7 +19,7 @@ from sdx.record.lock import RefusedStart, RunLock
 from sdx.record.paths import RunPaths
 from sdx.record.provenance import provenance, uncommitted_changes
 from sdx.record.status import RunStatus, Status, read_status, write_status
-from sdx.record.stop_request import StopRequest, read_stop
+from sdx.record.stop_request import StopRequest, forget_stop, read_stop
 from sdx.record.store import AnyPath, StoreError
 
 
@@ -244,8 +244,7 @@ def _write_start(
 ) -> None:
     paths, attempt = record.paths, record.attempt
     paths.attempts.mkdir(exist_ok=True)
-    if paths.stop.is_file():  # stores differ in what removing nothing is
-        paths.stop.unlink(missing_ok=True)
+    forget_stop(paths)
     _close_attempt(paths, attempt - 1)
     patch = uncommitted_changes()
     if patch is not None:

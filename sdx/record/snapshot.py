@@ -42,6 +42,7 @@ _WHEEL = ("sdx", "sdx_launchers", "hydra_plugins/sdx")
 _SOURCE_ROOT = "launchers"  # of a checkout: on the path of Python beside its top
 _MAX_UNTRACKED_BYTES = 64 << 20
 _DRAFT_LIVES_S = 3600.0
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class SnapshotError(ValueError):
@@ -72,20 +73,16 @@ def take_snapshot(folder: Path, package: Path = PACKAGE) -> Snapshot:
     changed, is put aside and taken again.
 
     Raises:
-        SnapshotError: names all files that cannot be copied.
+        SnapshotError: names all files that cannot be copied, or the folder that takes none.
     """
     folder = folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_old_drafts(folder)
-    draft = folder / f".{uuid.uuid4().hex}.tmp"
-    draft.mkdir(mode=0o700)
     try:
-        record = _copy(package, draft)
-        path = folder / record["digest"]
-        _put_in_place(draft, path)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return Snapshot(path, record["digest"], record["commit"])
+        return _take(folder, package)
+    except OSError as error:
+        raise SnapshotError(
+            f"{folder}: takes no snapshot of the code ({error}); make room there, or use another "
+            "run.output_dir."
+        ) from error
 
 
 def pack(snapshot: Snapshot) -> bytes:
@@ -106,6 +103,20 @@ def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
     return member
 
 
+def _take(folder: Path, package: Path) -> Snapshot:
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_old_drafts(folder)
+    draft = folder / f".{uuid.uuid4().hex}.tmp"
+    draft.mkdir(mode=0o700)
+    try:
+        record = _copy(package, draft)
+        path = folder / record["digest"]
+        _put_in_place(draft, path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return Snapshot(path, record["digest"], record["commit"])
+
+
 def _copy(package: Path, draft: Path) -> Mapping[str, Any]:
     """Fills `draft`; what its snapshot.json says."""
     top, names, untracked = _source(package)
@@ -119,6 +130,8 @@ def _copy(package: Path, draft: Path) -> Mapping[str, Any]:
         except FileNotFoundError:  # removed in the work tree, or a link that leads nowhere
             continue
         except (OSError, SnapshotError) as error:
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                raise
             faults.append(f"  {name}: {getattr(error, 'strerror', None) or error}")
     if faults:
         raise SnapshotError(

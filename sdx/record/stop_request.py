@@ -42,6 +42,12 @@ def read_stop(paths: RunPaths) -> StopRequest | None:
         return None
 
 
+def forget_stop(paths: RunPaths) -> None:
+    """Takes back what the run was asked before: it is to start again."""
+    if paths.stop.is_file():  # stores differ in what removing nothing is
+        paths.stop.unlink(missing_ok=True)
+
+
 class StopWatch:
     """Calls `act` once when the run is asked to stop, from a thread of its own, while entered."""
 

@@ -17,7 +17,9 @@ from sdx.config.launching import SweeperSettings
 from sdx.config.schema import Config
 from sdx.config.sweeping import SweepRequest, SweptJob
 from sdx.record.files import read_json, write_text
+from sdx.record.snapshot import SnapshotError
 from sdx.record.status import Status, write_status
+from sdx.record.stop_request import read_stop, request_stop
 from sdx.record.store import StoreError
 from sdx_launchers.jobs import Ended, Job, LaunchError
 from sdx_launchers.launch_record import read_outcome, write_job, write_launch, write_outcome
@@ -91,7 +93,7 @@ class Place:
     handles: list[Running] = field(default_factory=list)
     is_entered: bool = False
 
-    def problems(self, jobs: Sequence[Job]) -> list[Problem]:
+    def problems(self, jobs: Sequence[Job], max_parallel: int | None) -> list[Problem]:
         return self.faults
 
     def describe(self, jobs: Sequence[Job], max_parallel: int | None) -> str:
@@ -297,6 +299,18 @@ def test_what_keeps_it_from_running_is_said_before_anything_is_touched(
     assert list(Path().iterdir()) == []
 
 
+def test_the_limit_is_judged_with_the_jobs(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+
+    def problems(self: Place, jobs: Sequence[Job], max_parallel: int | None) -> list[Problem]:
+        asked.append(max_parallel)
+        return []
+
+    monkeypatch.setattr(Place, "problems", problems)
+    assert sweep.run(Place(), max_parallel=2, dry_run=True) == 0
+    assert asked == [2]
+
+
 def test_a_job_that_cannot_be_started_is_tried_again_by_the_next_sweep(
     sweep: Sweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -409,6 +423,30 @@ def test_a_store_that_does_not_answer_for_a_while_ends_no_sweep(sweep: Sweep) ->
     place = Place({"a": [Run(act=away)]})
     assert sweep.run(place) == 0
     assert place.started == ["a", "b", "c"] and place.handles[0].looks == 2
+
+
+def test_a_start_hears_nothing_of_what_its_run_was_asked_before(sweep: Sweep) -> None:
+    """It may crash before its run comes to forget it."""
+    job = sweep.jobs[0]
+    made(job, Status.cancelled)
+    request_stop(job.paths, Status.cancelled, "by hand")
+    asked: list[object] = []
+    place = Place({"a": [Run(act=lambda: asked.append(read_stop(job.paths)))]})
+    assert sweep.run(place, retry_failed=True) == 0
+    assert place.started == ["a", "b", "c"] and asked == [None]
+
+
+def test_code_that_cannot_be_copied_is_no_traceback(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> str:
+        raise SnapshotError("outputs/snapshots: takes no snapshot")
+
+    monkeypatch.setattr(Place, "describe", full)
+    assert sweep.run(Place(), dry_run=True) == driver.REFUSED
+    assert "outputs/snapshots: takes no snapshot" in capsys.readouterr().err
+    monkeypatch.setattr(Place, "start", full)
+    assert sweep.run(Place()) == driver.FAILED
 
 
 def test_a_folder_that_no_path_of_python_can_name_is_refused(sweep: Sweep) -> None:

@@ -101,7 +101,7 @@ class World:
     detach: bool = False
     _runs: list[Run] = field(default_factory=list)
 
-    def problems(self, jobs: Sequence[Job]) -> list[Problem]:
+    def problems(self, jobs: Sequence[Job], max_parallel: int | None) -> list[Problem]:
         return []
 
     def describe(self, jobs: Sequence[Job], max_parallel: int | None) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from sdx.config.errors import ConfigError
 from sdx.config.launching import SlurmSettings
 from sdx.record.paths import RunPaths
 from sdx.record.snapshot import Snapshot
@@ -121,8 +120,10 @@ def test_jobs_on_other_hardware_are_another_array(scheduler: Slurm, tmp_path: Pa
     launcher = SlurmLauncher(make_settings())
     handles = launcher.start([small[0], *large, small[1]], None)
     assert [handle.id for handle in handles] == ["10_0", "11", "10_1"]
-    with pytest.raises(ConfigError, match="max_parallel=1"):
-        launcher.start([*small, *large], max_parallel=1)
+    assert launcher.problems([*small, *large], None) == []
+    assert launcher.problems(small, 1) == []
+    [problem] = launcher.problems([*small, *large], 1)
+    assert "hydra.sweeper.max_parallel=1" in str(problem) and "2 arrays" in str(problem)
 
 
 @pytest.mark.parametrize("is_silent", [False, True])
@@ -360,7 +361,7 @@ def test_one_that_is_stopped_twice_is_cancelled(scheduler: Slurm, tmp_path: Path
 def test_partitions_are_asked_for(scheduler: Slurm, tmp_path: Path) -> None:
     scheduler.sinfo = ["main", "long"]
     launcher = SlurmLauncher(make_settings(partition="gpu,main"))
-    [problem] = launcher.problems(jobs_in(tmp_path, "a"))
+    [problem] = launcher.problems(jobs_in(tmp_path, "a"), None)
     assert problem.path == "hydra.launcher.partition" and problem.got == "gpu"
     assert "long, main" in str(problem)
 
@@ -368,7 +369,7 @@ def test_partitions_are_asked_for(scheduler: Slurm, tmp_path: Path) -> None:
 def test_nothing_is_asked_of_a_cluster_that_is_not_there(scheduler: Slurm, tmp_path: Path) -> None:
     scheduler.is_silent = True
     launcher = SlurmLauncher(make_settings(partition="gpu"))
-    assert launcher.problems(jobs_in(tmp_path, "a")) == []
+    assert launcher.problems(jobs_in(tmp_path, "a"), None) == []
 
 
 def test_what_squeue_and_sacct_print_is_read(scheduler: Slurm) -> None:

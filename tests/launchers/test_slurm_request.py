@@ -43,6 +43,8 @@ def test_only_names_are_names(key: str, value: str) -> None:
         {"srun_args": ["--mpi=none", "-v"], "setup": ["module load cuda && export A='$B'"]},
         {"command_prefix": ["apptainer", "exec", "--nv", "my image.sif"]},
         {"timeout_min": 1, "signal_delay_s": 15},
+        {"additional_parameters": {"gres": "lustre:1"}},
+        {"additional_parameters": {"gres": "gpu:a100:8"}, "gpus_per_node": 0},
     ],
 )
 def test_sound_settings(given: dict[str, Any]) -> None:
@@ -60,6 +62,21 @@ def test_sound_settings(given: dict[str, Any]) -> None:
             {"additional_parameters": {"gpus_per_node": "5"}},
             "additional_parameters",
             "gpus_per_node",
+        ),
+        *(
+            ({"additional_parameters": {option: "2"}}, "additional_parameters", key)
+            for option, key in [
+                ("ntasks", "hydra.launcher.tasks_per_node"),
+                ("gpus", "hydra.launcher.gpus_per_node"),
+                ("gpus_per_task", "hydra.launcher.gpus_per_node"),
+                ("cpus-per-gpu", "hydra.launcher.cpus_per_task"),
+                ("mem-per-cpu", "hydra.launcher.mem_gib"),
+            ]
+        ),
+        (
+            {"additional_parameters": {"gres": "lustre:1,gpu:a100:8"}},
+            "additional_parameters.gres",
+            "hydra.launcher.gpus_per_node=0",
         ),
         ({"additional_parameters": {"requeue": "0"}}, "additional_parameters", "sdx's own"),
         ({"srun_args": ["touch", "x"]}, "srun_args", "options"),
@@ -86,6 +103,12 @@ def test_refused_settings(given: dict[str, Any], path: str, says: str) -> None:
         ("cpu", {"num_devices": 4, "num_hosts": 2}, {"tasks_per_node": 2}, Request(2, 2, 0)),
         ("cpu", {"num_devices": 4}, {"nodes": 2, "tasks_per_node": 2}, Request(2, 2, 0)),
         ("tpu_v4_32", {"simulate": True}, {}, Request(1, 1, 0)),
+        (
+            "gpu_a100_8",
+            {},
+            {"gpus_per_node": 0, "additional_parameters": {"gres": "gpu:8"}},
+            Request(1, 1, 0),
+        ),
     ],
 )
 def test_what_is_asked_for(
@@ -103,6 +126,7 @@ def test_what_is_asked_for(
         ("gpu", {}, {}, "gpus_per_node", "missing"),
         ("gpu_a100_8", {}, {"nodes": 3}, "nodes", "num_devices=8"),
         ("gpu_a100_8", {}, {"gpus_per_node": 4}, "gpus_per_node", "num_devices=8"),
+        ("gpu_a100_8", {}, {"gpus_per_node": 0}, "gpus_per_node", "num_devices=8"),
         ("gpu_a100_8", {}, {"tasks_per_node": 3}, "tasks_per_node", "1, 2, 4, 8"),
         ("cpu", {}, {"nodes": 2}, "tasks_per_node", "2 processes"),
         ("tpu_v4_32", {"simulate": True}, {"nodes": 4}, "tasks_per_node", "4 processes"),

@@ -1,5 +1,7 @@
 """TPUs that are asked for, used, lost and deleted, against a stand-in of Google's API."""
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -465,6 +467,32 @@ def test_tpus_are_deleted_though_nobody_reads_what_is_said(
     monkeypatch.setattr("sys.stderr", HungUp())
     assert ends(endpoint, tmp_path, Script()) == [Ended(Status.finished)]
     assert server.names() == [] and Ledger().entries() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_that_asks_to_stop_interrupts_the_deleting(
+    server: TpuServer,
+    endpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    heard: list[int] = []
+    delete = server.DeleteQueuedResource
+
+    def ask_to_stop(request: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return delete(request)
+
+    monkeypatch.setattr(server, "DeleteQueuedResource", ask_to_stop)
+    before = signal.signal(number, lambda *_: heard.append(number))
+    try:
+        assert ends(endpoint, tmp_path, Script()) == [Ended(Status.finished)]
+    finally:
+        signal.signal(number, before)
+    assert server.names() == [] and heard == []
+    assert "sdx: TPUs are given back, which Ctrl-C does not interrupt" in capfd.readouterr().err
 
 
 def test_one_that_could_not_be_deleted_is_deleted_at_the_end(

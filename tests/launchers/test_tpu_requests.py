@@ -30,7 +30,7 @@ PRESETS = sorted(path.stem for path in (CONF / "run_on").glob("tpu_*.yaml"))
 
 
 def problems(settings: TpuSettings, *jobs: Any) -> str:
-    return "\n".join(str(problem) for problem in TpuLauncher(settings).problems(jobs))
+    return "\n".join(str(problem) for problem in TpuLauncher(settings).problems(jobs, None))
 
 
 CASES = {
@@ -104,6 +104,17 @@ def test_settings_that_cannot_be_are_said_before_anything(
     given: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     assert said in problems(make_settings(None, tmp_path, **given), make_job(tmp_path))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", ["a%b", 'a"b', "a\\b", "a${HOME}"])
+def test_names_that_ssh_would_misread(name: str, tmp_path: Path) -> None:
+    settings, job = make_settings(None, tmp_path), make_job(tmp_path, name)
+    assert f"run.name={str(job.folder)!r}: ssh" in problems(settings, job)
+    gcloud = ["gcloud", "ssh", "{node}", "--command={command}"]
+    assert "ssh notes" not in problems(replace(settings, ssh_command=gcloud), job)
+    below = make_job(tmp_path / name)
+    assert f"run.output_dir={str(below.folder)!r}: ssh" in problems(settings, below)
 
 
 def test_sound_settings_have_no_problems(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Code copied aside: what is in it, that it never changes, and that nothing broken is ever used."""
 
+import errno
 import io
 import json
 import os
@@ -245,6 +246,23 @@ def test_an_unreadable_file_is_named(
     monkeypatch.setattr(snapshot_module, "_content", refuse)  # root can read everything
     with pytest.raises(SnapshotError, match="sdx/__init__.py: Permission denied"):
         take()
+
+
+@pytest.mark.parametrize("at", ["make the folder", "copy"])
+def test_a_folder_that_takes_no_snapshot_is_named(
+    take: Callable[[], Snapshot], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if at == "copy":
+        monkeypatch.setattr(snapshot_module.shutil, "copyfileobj", full)
+    else:
+        (tmp_path / "snapshots").write_text("")
+    with pytest.raises(SnapshotError) as caught:
+        take()
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"{tmp_path / 'snapshots'}: takes no snapshot")
 
 
 def test_a_repository_inside_and_a_name_of_any_bytes(

@@ -48,7 +48,7 @@ class LocalLauncher:
         self._children: list[_Child] = []
         self._snapshot: Snapshot | None = None
 
-    def problems(self, jobs: Sequence[Job]) -> list[Problem]:
+    def problems(self, jobs: Sequence[Job], max_parallel: int | None) -> list[Problem]:
         """None that are known before: what the machine lacks, the run itself finds."""
         return []
 

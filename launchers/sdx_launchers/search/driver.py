@@ -15,6 +15,7 @@ from sdx.config.leaves import spelled
 from sdx.config.sweeping import SweepRequest, SweptJob, is_of_hydra
 from sdx.record.files import DamagedRecord
 from sdx.record.lock import RefusedStart
+from sdx.record.snapshot import SnapshotError
 from sdx.record.store import StoreError
 from sdx_launchers.jobs import Job, Launcher
 from sdx_launchers.search.space import Space, read_space
@@ -81,7 +82,7 @@ def search(request: SweepRequest, settings: SearchSettings, name: str, launcher:
             return _run(asked, process)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (RefusedStart, StoreError, DamagedRecord) as error:
+    except (RefusedStart, StoreError, DamagedRecord, SnapshotError) as error:
         print(f"sdx: {error}", file=sys.stderr)
         return REFUSED
 
@@ -112,7 +113,7 @@ def _prepare(
     )
     sweep = sweep_name(text, corners, settings.name)
     jobs = make_jobs("train", corners, sweep)
-    if problems := launcher.problems(jobs):
+    if problems := launcher.problems(jobs, None):  # trials are handed over one by one
         raise ConfigError(problems)
     return _Search(request, settings, launcher, name, parallel, space, objective, sweep, jobs[0])
 

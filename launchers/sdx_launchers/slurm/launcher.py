@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any
 
-from sdx.config.errors import ConfigError, Problem
+from sdx.config.errors import Problem
 from sdx.config.launching import SlurmSettings
 from sdx.record.files import read_json
 from sdx.record.snapshot import take_snapshot
@@ -34,7 +34,13 @@ from sdx_launchers.launch_record import (
 from sdx_launchers.slurm import queue as slurm_queue
 from sdx_launchers.slurm.after import COUNTS, ENDED, STOPPED
 from sdx_launchers.slurm.queue import JobState, Queue, SchedulerError
-from sdx_launchers.slurm.request import Request, job_problems, request_of, settings_problems
+from sdx_launchers.slurm.request import (
+    Request,
+    job_problems,
+    pace_problems,
+    request_of,
+    settings_problems,
+)
 from sdx_launchers.slurm.script import Submission, check_possible, discard, render, submit
 
 NAME = "sdx_slurm"
@@ -66,9 +72,10 @@ class SlurmLauncher:
         self.detach = settings.detach
         self._queue = Queue(settings.poll_s / 2)
 
-    def problems(self, jobs: Sequence[Job]) -> list[Problem]:
+    def problems(self, jobs: Sequence[Job], max_parallel: int | None) -> list[Problem]:
         """Values and hardware that cannot be, and a partition that this cluster does not have."""
         found = [*settings_problems(self._settings), *job_problems(self._settings, jobs)]
+        found += pace_problems(self._settings, jobs, max_parallel)
         return found or _partition_problems(self._settings)
 
     def describe(self, jobs: Sequence[Job], max_parallel: int | None) -> str:
@@ -140,13 +147,6 @@ class SlurmLauncher:
         for job in jobs:
             request = request_of(self._settings, job.config.hardware)
             by_request.setdefault(request, []).append(job)
-        if len(by_request) > 1 and max_parallel is not None:
-            rule = (
-                f"jobs on different hardware are {len(by_request)} arrays with limits of their own"
-            )
-            fix = "leave it out, or sweep each hardware for itself"
-            path = "hydra.sweeper.max_parallel"
-            raise ConfigError([Problem(path, str(max_parallel), rule, fix)])
         folder = record_root(jobs[0].config) / SWEEPS / jobs[0].sweep / _SUBMISSIONS
         number = 1 + max((int(old.name) for old in folder.glob("[1-9]*")), default=0)
         submissions = []

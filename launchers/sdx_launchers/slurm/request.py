@@ -28,16 +28,26 @@ _OURS = {
     "account": "account",
     "qos": "qos",
     "nodes": "nodes",
+    "ntasks": "tasks_per_node",
+    "ntasks-per-core": "tasks_per_node",
+    "ntasks-per-gpu": "tasks_per_node",
     "ntasks-per-node": "tasks_per_node",
+    "ntasks-per-socket": "tasks_per_node",
+    "gpus": "gpus_per_node",
     "gpus-per-node": "gpus_per_node",
+    "gpus-per-socket": "gpus_per_node",
+    "gpus-per-task": "gpus_per_node",
+    "cpus-per-gpu": "cpus_per_task",
     "cpus-per-task": "cpus_per_task",
     "mem": "mem_gib",
+    "mem-per-cpu": "mem_gib",
+    "mem-per-gpu": "mem_gib",
     "time": "timeout_min",
     "constraint": "constraint",
     "exclusive": "exclusive",
     "signal": "signal_delay_s",
 }
-"""Options of sbatch, and the keys that stand for them."""
+"""Options of sbatch, and the keys that stand for them or for what they would contradict."""
 _FIXED = ("array", "error", "hold", "job-name", "no-requeue", "open-mode", "output", "requeue")
 
 
@@ -75,6 +85,10 @@ def settings_problems(settings: SlurmSettings) -> Iterator[Problem]:
             yield Problem(f"{_LAUNCHER}.{key}", repr(value), f"must be {allowed}")
     for option, value in settings.additional_parameters.items():
         yield from _additional(option, value)
+    if settings.gpus_per_node != 0 and (gres := _gpus_by_gres(settings)) is not None:
+        rule = "asks for GPUs, as hydra.launcher.gpus_per_node and hardware do"
+        fix = "leave it out, or add hydra.launcher.gpus_per_node=0 where the cluster knows no other"
+        yield Problem(f"{_LAUNCHER}.additional_parameters.gres", repr(gres), rule, fix)
     for argument in settings.srun_args:
         if not argument.startswith("-") or not _PRINTABLE.fullmatch(argument):
             rule = "must be options on one line, srun takes the first other word for a command"
@@ -98,11 +112,18 @@ def _additional(option: str, value: str) -> Iterator[Problem]:
         rule = "must be the name of an option of sbatch, without dashes before it"
         yield Problem(path, repr(option), rule)
     elif name in _OURS:
-        yield Problem(path, option, "is a key of its own", f"use {_LAUNCHER}.{_OURS[name]}")
+        yield Problem(path, option, "is said by a key of its own", f"use {_LAUNCHER}.{_OURS[name]}")
     elif name in _FIXED:
         yield Problem(path, option, "is sdx's own", "leave it out")
     if not _PRINTABLE.fullmatch(str(value)):
         yield Problem(f"{path}.{option}", repr(value), "must be one line")
+
+
+def _gpus_by_gres(settings: SlurmSettings) -> str | None:
+    """What is asked for by the older way to GPUs, as `gpu:a100:8`; other resources are none."""
+    gres = str(settings.additional_parameters.get("gres", ""))
+    kinds = {part.strip().partition(":")[0] for part in gres.split(",")}
+    return gres if kinds & {"gpu", "gres/gpu"} else None
 
 
 def job_problems(settings: SlurmSettings, jobs: Sequence[Job]) -> Iterator[Problem]:
@@ -116,6 +137,17 @@ def job_problems(settings: SlurmSettings, jobs: Sequence[Job]) -> Iterator[Probl
             yield Problem("run.output_dir", repr(folder), rule, "use another folder")
 
 
+def pace_problems(
+    settings: SlurmSettings, jobs: Sequence[Job], max_parallel: int | None
+) -> Iterator[Problem]:
+    """A limit that SLURM cannot keep to: it is one of each array."""
+    count = len({request_of(settings, job.config.hardware) for job in jobs})
+    if count > 1 and max_parallel is not None:
+        rule = f"jobs on different hardware are {count} arrays with limits of their own"
+        fix = "leave it out, or sweep each hardware for itself"
+        yield Problem("hydra.sweeper.max_parallel", str(max_parallel), rule, fix)
+
+
 def _platform(settings: SlurmSettings, config: Config) -> Iterator[Problem]:
     hardware = config.hardware
     if hardware.platform is Platform.tpu and not hardware.simulate:
@@ -127,6 +159,8 @@ def _counts(settings: SlurmSettings, config: Config) -> Iterator[Problem]:
     hardware, request = config.hardware, request_of(settings, config.hardware)
     if hardware.platform is not Platform.gpu or hardware.simulate:
         return
+    if settings.gpus_per_node == 0 and _gpus_by_gres(settings) is not None:
+        return  # how many these are, the job itself compares with the hardware
     gpus, devices = request.gpus_per_node, hardware.num_devices
     path = f"{_LAUNCHER}.gpus_per_node"
     if devices is None and settings.gpus_per_node is None:

@@ -3,10 +3,12 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from sdx.record.snapshot import SnapshotError
 from sdx.record.status import RunStatus, Status
+from sdx.record.stop_request import forget_stop
 from sdx.record.store import StoreError
 from sdx_launchers.jobs import Ended, Handle, Job, Launcher, LaunchError
 from sdx_launchers.launch_record import write_job, write_outcome
@@ -51,6 +53,8 @@ class Course:
         jobs = [one.job for one in standings]
         for one in standings:
             write_job(one.job, self.launcher_name)
+            with suppress(OSError):  # the run does so too, if it comes that far
+                forget_stop(one.job.paths)
             self._before[one.job.name] = one.before
             self._since[one.job.name] = time.monotonic()
         try:

@@ -20,6 +20,7 @@ from sdx.config.launching import LauncherSettings, SweeperSettings
 from sdx.config.sweeping import SweepRequest, is_of_hydra
 from sdx.record.files import DamagedRecord
 from sdx.record.lock import RefusedStart
+from sdx.record.snapshot import SnapshotError
 from sdx.record.status import Status
 from sdx.record.store import StoreError
 from sdx_launchers.jobs import Handle, Job, Launcher
@@ -69,7 +70,7 @@ def sweep(request: SweepRequest, settings: SweeperSettings, name: str, launcher:
             return _run(prepared, request, settings, process)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (RefusedStart, StoreError, DamagedRecord) as error:
+    except (RefusedStart, StoreError, DamagedRecord, SnapshotError) as error:
         print(f"sdx: {error}", file=sys.stderr)
         return REFUSED
 
@@ -84,7 +85,7 @@ def prepare(
     sweep = sweep_name(request.command, request.jobs, settings.name)
     jobs = make_jobs(request.command, request.jobs, sweep)
     problems += _path_problems(jobs[0])
-    problems += launcher.problems(jobs)
+    problems += launcher.problems(jobs, settings.max_parallel)
     if problems or isinstance(objective, Problem):
         raise ConfigError(problems)
     return Prepared(sweep_folder(jobs[0].config, sweep), jobs, objective, launcher, name)

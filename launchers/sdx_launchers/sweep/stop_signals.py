@@ -3,6 +3,9 @@
 import os
 import select
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -41,3 +44,23 @@ class StopSignals:
         os.write(self._write, b".")
         if self.count >= _MOST:
             raise KeyboardInterrupt
+
+
+@contextmanager
+def unstoppable(said: str) -> Iterator[None]:
+    """Within it nothing that asks to stop interrupts the main thread; `said` is the answer."""
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        with suppress(OSError):  # `print` may be what is interrupted, and takes no second one
+            os.write(2, f"{said}\n".encode())
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, answer) for number in asked}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

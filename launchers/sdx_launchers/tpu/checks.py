@@ -16,6 +16,8 @@ from sdx_launchers.tpu.ssh import ssh_problems
 # device; those of v2 and v3 are two; v5litepod and v6e count chips (cloud.google.com/tpu/docs/v4
 # and its siblings).
 _NUMBERS_PER_DEVICE = {"v2": 1, "v3": 1, "v4": 2, "v5p": 2, "v5litepod": 1, "v6e": 1}
+# In a value of UserKnownHostsFile: ssh_config(5), TOKENS and ENVIRONMENT VARIABLES.
+_SSH_READS = re.compile(r'[%"\\\x00-\x1f\x7f]|\$\{')
 
 
 def all_problems(settings: TpuSettings, jobs: Sequence[Job]) -> Iterator[Problem]:
@@ -87,6 +89,11 @@ def _folder_problems(settings: TpuSettings, job: Job) -> Iterator[Problem]:
     """Folders that would be another one on every worker."""
     run, data = job.config.run, job.config.data
     ways_out = "use gs://BUCKET/…, s3://BUCKET/…, or a folder below one of hydra.launcher.mounts"
+    folder = str(job.folder)
+    if not settings.ssh_command and _SSH_READS.search(folder):
+        path = "run.name" if _SSH_READS.search(job.name) else "run.output_dir"
+        rule = 'ssh notes keys of workers below it, and reads %, ", \\ and ${ as its own'
+        yield Problem(path, repr(folder), rule, "use another name")
     if not _is_shared(run.output_dir, settings):
         rule = "is a local folder, and the workers of a TPU share no disk"
         yield Problem("run.output_dir", run.output_dir, rule, ways_out)

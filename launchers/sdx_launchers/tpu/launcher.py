@@ -23,9 +23,10 @@ from sdx.record.snapshot import Snapshot, SnapshotError, take_snapshot
 from sdx.record.status import Status, read_status
 from sdx_launchers.jobs import Ended, Job, LaunchError
 from sdx_launchers.launch_record import SNAPSHOTS, read_outcome, record_root
+from sdx_launchers.sweep.stop_signals import unstoppable
 from sdx_launchers.tpu.checks import all_problems
 from sdx_launchers.tpu.client import Tpus
-from sdx_launchers.tpu.pool import Pool, say
+from sdx_launchers.tpu.pool import DELETING, Pool, say
 from sdx_launchers.tpu.requests import (
     Spec,
     creation,
@@ -61,7 +62,7 @@ class TpuLauncher:
         self._snapshot: Snapshot | None = None
         self._stack = ExitStack()
 
-    def problems(self, jobs: Sequence[Job]) -> list[Problem]:
+    def problems(self, jobs: Sequence[Job], max_parallel: int | None) -> list[Problem]:
         return list(dict.fromkeys(all_problems(self._settings, jobs)))
 
     def describe(self, jobs: Sequence[Job], max_parallel: int | None) -> str:
@@ -126,10 +127,11 @@ class TpuLauncher:
                 for run in running:
                     run.join(max(0.0, deadline - time.monotonic()))
             finally:
-                for run in running:
-                    run.stop()
-                for run in running:
-                    run.join()
+                with unstoppable(DELETING):  # runs may be making or deleting some
+                    for run in running:
+                        run.stop()
+                    for run in running:
+                        run.join()
 
     def _connect(self, place: Any) -> Tpus:
         return Tpus(place, self._settings.poll_s, self._client)

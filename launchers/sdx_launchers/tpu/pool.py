@@ -15,6 +15,7 @@ from functools import partial
 
 from sdx.config.launching import TpuSettings
 from sdx_launchers.jobs import LaunchError
+from sdx_launchers.sweep.stop_signals import unstoppable
 from sdx_launchers.tpu.client import NoCapacity, Node, Queued, Tpus, refusal
 from sdx_launchers.tpu.ledger import Ledger
 from sdx_launchers.tpu.requests import (
@@ -34,6 +35,10 @@ from sdx_launchers.tpu.strays import is_in_use, is_kept
 _SETTLE_S = 2.0  # two launchers that take the same kept TPU: the later label wins, both see whose
 _RENEWALS = 4  # in the time of one lease
 _SAY_AGAIN_S = 600.0
+DELETING = (
+    "sdx: TPUs are given back, which Ctrl-C does not interrupt; after kill -9 they cost money until"
+    " python -m sdx.runs --sweep-up"
+)
 
 
 class Cancelled(Exception):
@@ -76,7 +81,11 @@ class Pool:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Nobody may use one any more, or be waiting."""
+        """Nobody may use one any more, or be waiting. Ctrl-C does not interrupt it."""
+        with unstoppable(DELETING):
+            self._give_up_all()
+
+    def _give_up_all(self) -> None:
         self._is_closed.set()
         self._keeper.join()
         threads = [

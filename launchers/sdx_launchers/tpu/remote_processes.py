@@ -1,5 +1,6 @@
 """A job's processes on all its workers: watched, stopped together, and their logs shown."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -59,9 +60,10 @@ class RemoteProcess:
         if self.client.stdin is not None:
             with suppress(BrokenPipeError):
                 self.client.stdin.close()
-        for line in self.said_by_ssh.read_text(errors="replace").splitlines():
-            if line.startswith(self.token):
-                self.code, self.was_started = int(line.split()[1]), True
+        said = self.said_by_ssh.read_text(errors="replace")
+        told = rf"^{re.escape(self.token)} (-?\d+)\n"  # a line that was cut off tells nothing
+        if (found := re.search(told, said, re.MULTILINE)) is not None:
+            self.code, self.was_started = int(found[1]), True
         code = self.client.returncode
         if not self.was_started and code > 0 and code not in _CONNECTION_FAILED:
             self.code = code  # of the worker's shell, which found no such Python
@@ -131,10 +133,11 @@ class RemoteProcesses:
         try:
             self._look_after()
             self._end = self._outcome()
-        except OSError as error:  # a full disk, a folder that was removed
+        except Exception as error:  # a full disk, a folder that was removed; a TPU waits and costs
             for process in self._processes:
                 process.client.kill()
-            self._end = RemoteEnd(None, f"the logs of the workers: {error}")
+            what = f"{type(error).__name__}: {error}"
+            self._end = RemoteEnd(None, f"the workers cannot be watched any more ({what})")
 
     def _look_after(self) -> None:
         signed_at = 0.0
@@ -207,7 +210,7 @@ class _Echo:
     def show(self) -> None:
         text = self._log.read().decode(errors="replace")
         if text:
-            with suppress(OSError):  # a terminal that was closed
+            with suppress(OSError, ValueError):  # a terminal that was closed, or lacks letters
                 sys.stdout.write(text)
                 sys.stdout.flush()
 
