@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return FAILED if _act(arguments) else DONE
+    except BrokenPipeError:  # of what is only shown, `| head` has seen enough
+        return _unheard()
     except KeyboardInterrupt:
         return _fail("no longer shown; what runs goes on", DONE)
     except StoreError as error:
@@ -35,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _act(arguments: argparse.Namespace) -> bool:
     """Does the one thing asked for; whether something of it failed."""
     from sdx_launchers.runs import comparison, control  # after --help
+    from sdx_launchers.saying import say
 
-    say = partial(print, flush=True)
     if arguments.compare:
         say(comparison.render(comparison.compare(*arguments.compare)))
         return False
@@ -44,7 +46,7 @@ def _act(arguments: argparse.Namespace) -> bool:
         return control.sweep_up(say)
     watch = control.Watch(arguments.folder.absolute(), arguments.objective)
     if arguments.logs:
-        control.show_logs(watch, say, follows=arguments.follow)
+        control.show_logs(watch, partial(print, flush=True), follows=arguments.follow)
         return False
     if arguments.cancel:
         control.cancel(watch, say)
@@ -53,8 +55,17 @@ def _act(arguments: argparse.Namespace) -> bool:
 
 
 def _fail(text: str, code: int) -> int:
-    print(f"sdx: {text}", file=sys.stderr)
+    from sdx_launchers.saying import say
+
+    say(f"sdx: {text}", aside=True)
     return code
+
+
+def _unheard() -> int:
+    from sdx_launchers.saying import mute
+
+    mute(sys.stdout)
+    return DONE
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -71,6 +71,7 @@ def has_effect(config: Config, path: str) -> bool:
 HELD_OUT = """'data.split="train[:95%]"' 'eval.split="train[95%:]"'"""
 """How a part of the data is held out, as it is typed."""
 _STORES = ("s3://", "gs://")
+_FOLDERS_OF_SWEEPS = ("launches", "snapshots", "sweeps")  # beside the runs
 _MAX_NAME_BYTES = 200  # file systems take 255; a sweep adds to the name
 _OVERRULED_BY = {
     "train.epochs": "train.max_steps",
@@ -519,6 +520,9 @@ def _names(config: Config) -> Iterator[Problem]:
     name = config.run.name
     if name is not None and not _is_folder_name(name):
         yield Problem("run.name", name, "must be one folder name", "use run.output_dir for a path")
+    elif name is not None and (name in _FOLDERS_OF_SWEEPS or name.startswith(".")):
+        rule = f"must not be {any_of(_FOLDERS_OF_SWEEPS)}, or begin with a dot"
+        yield Problem("run.name", name, rule, "sdx.runs takes that for no run; use another name")
     if not _is_folder_name(config.model.name):  # the folder's name begins with it
         yield Problem("model.name", config.model.name, "must be one folder name")
     if name is not None and len(os.fsencode(name)) > _MAX_NAME_BYTES:

@@ -522,6 +522,16 @@ RULES = {
         "run.name='a\ab'",
         "run.name=a\ab: must be one folder name; use run.output_dir for a path.",
     ),
+    "run name of a sweep's folder": (
+        "run.name=sweeps",
+        "run.name=sweeps: must not be launches, snapshots or sweeps, or begin with a dot; sdx.runs"
+        " takes that for no run; use another name.",
+    ),
+    "hidden run name": (
+        "run.name=.a",
+        "run.name=.a: must not be launches, snapshots or sweeps, or begin with a dot; sdx.runs"
+        " takes that for no run; use another name.",
+    ),
     "model name": (
         "model.name=../a",
         "model.name=../a: must be one folder name.",

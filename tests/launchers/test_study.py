@@ -9,6 +9,7 @@ import pytest
 
 from sdx.config.errors import ConfigError, Problem
 from sdx.config.launching import Pruner, SearchSampler, SearchSettings
+from sdx_launchers.search.driver import _exit_code
 from sdx_launchers.search.space import Choices, Numbers, Space, read_space
 from sdx_launchers.search.study import Study, Trial
 from sdx_launchers.sweep.objective import Objective
@@ -180,6 +181,32 @@ def test_failed_trials_are_tried_again_with_their_values_and_count_once(tmp_path
     assert study.counts() == {"complete": 2}
     best = study.best()
     assert best is not None and best[:2] == (2, 0.1)
+
+
+def test_a_cancelled_trial_is_no_failed_one(tmp_path: Path) -> None:
+    study = open_study(tmp_path / "journal", n_trials=1)
+    study.ask().cancel()
+    assert study.counts() == {"cancelled": 1} and _exit_code(study) == 75
+    study = open_study(tmp_path / "journal", n_trials=1)
+    assert study.counts() == {"cancelled": 1}
+    study.retry_failed()
+    study.ask().fail()
+    assert study.counts() == {"fail": 1} and _exit_code(study) == 1
+
+
+def test_a_kill_while_a_journal_is_mended_loses_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = tmp_path / "journal"
+    answer(open_study(journal), 2)
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code": 4, "wor')
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", killed)  # what empties a file first
+    assert open_study(journal).num_trials == 2 and journal.read_bytes().startswith(whole)
 
 
 def pruned(study: Study, trial: Trial, losses: Sequence[float]) -> int | None:

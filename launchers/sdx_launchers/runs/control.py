@@ -6,7 +6,6 @@ is on record. Nothing is started here, and nothing ended that is not a job of wh
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,6 +31,7 @@ from sdx_launchers.runs.found import Found, NothingFound, find
 from sdx_launchers.runs.job_logs import FollowedLogs, last_lines, logs_of
 from sdx_launchers.runs.summary import write_table
 from sdx_launchers.runs.table import RunsTable, print_table, render, shown, tabulate
+from sdx_launchers.saying import say
 from sdx_launchers.sweep.objective import Objective
 from sdx_launchers.sweep.process import ask_to_cancel, is_running
 from sdx_launchers.sweep.standing import settle
@@ -121,9 +121,9 @@ def show(watch: Watch, *, follows: bool) -> bool:
         try:
             write_table(folder, table)
         except OSError as error:
-            print(f"sdx: {folder}: no summary written ({error.strerror})", file=sys.stderr)
+            say(f"sdx: {folder}: no summary written ({error.strerror})", aside=True)
         else:
-            print(f"{folder}: summary.csv, summary.json, summary.md, curves.png")
+            say(f"{folder}: summary.csv, summary.json, summary.md, curves.png")
     return follows and any(run.status == Status.failed.name for run in table.runs)
 
 
@@ -148,7 +148,7 @@ def _follow_in_lines(watch: Watch, table: RunsTable) -> RunsTable:
                 said[run.name] = run.status
                 last = shown(table.last_of(run))
                 value = f", {table.objective.metric} {last}" if last else ""
-                print(f"{run.name}: {run.status}, step {run.step}{value}", flush=True)
+                say(f"{run.name}: {run.status}, step {run.step}{value}")
         if not watch.goes_on:
             return table
         time.sleep(LOOK_EVERY_S)
@@ -266,7 +266,7 @@ def _note(job: Job, ended: Ended) -> None:
         whole = replace(job, config=from_saved(job.folder / CONFIG))
         write_outcome(job, settle(whole, ended, None))
     except (OSError, ValueError) as error:
-        print(f"sdx: {job.name}: its end is not on record ({said_by(error)})", file=sys.stderr)
+        say(f"sdx: {job.name}: its end is not on record ({said_by(error)})", aside=True)
 
 
 def _job(run: RunFacts) -> Job:

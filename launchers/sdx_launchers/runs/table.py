@@ -17,6 +17,7 @@ from rich.text import Text
 from sdx_launchers.runs.differences import differing_keys, short_names, value_of
 from sdx_launchers.runs.facts import UNREADABLE, RunFacts, read_columns, read_runs
 from sdx_launchers.runs.found import Found
+from sdx_launchers.saying import say
 from sdx_launchers.sweep.objective import FALLBACK, Objective, Value
 
 _STYLES = {
@@ -113,14 +114,12 @@ def render(table: RunsTable, console: Console) -> RenderableType:
 
 def print_table(table: RunsTable, console: Console) -> None:
     """Where there is no terminal as wide as it is, and without colours."""
-    if console.is_terminal:
-        console.print(render(table, console))
-        return
     wide = Console(width=10_000, color_system=None, highlight=False)
-    with wide.capture() as captured:
-        wide.print(render(table, wide))
+    shown = console if console.is_terminal else wide
+    with shown.capture() as captured:
+        shown.print(render(table, shown))
     for line in captured.get().splitlines():
-        print(line.rstrip())
+        say(line.rstrip())
 
 
 def shown(value: Value | None, *, with_step: bool = False) -> str:

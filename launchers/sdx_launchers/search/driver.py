@@ -4,7 +4,6 @@ Its folder is a sweep's, with the journal of the trials. The trial's values, not
 its run: killed at any point, the same command goes on with the same runs.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from sdx.record.lock import RefusedStart
 from sdx.record.snapshot import SnapshotError
 from sdx.record.store import StoreError
 from sdx_launchers.jobs import Job, Launcher
+from sdx_launchers.saying import say
 from sdx_launchers.search.space import Space, read_space
 from sdx_launchers.search.study import Study, check_installed
 from sdx_launchers.search.trials import Trials
@@ -83,7 +83,7 @@ def search(request: SweepRequest, settings: SearchSettings, name: str, launcher:
     except KeyboardInterrupt:
         return INTERRUPTED
     except (RefusedStart, StoreError, DamagedRecord, SnapshotError) as error:
-        print(f"sdx: {error}", file=sys.stderr)
+        say(f"sdx: {error}", aside=True)
         return REFUSED
 
 
@@ -137,24 +137,24 @@ def _corners(request: SweepRequest, space: Space, objective: Objective) -> list[
 
 def _dry_run(search: _Search) -> int:
     """Shows the space and what the first trials would be."""
-    print(_heading(search), search.space.describe(), sep="\n")
+    say(f"{_heading(search)}\n{search.space.describe()}")
     study = Study(None, search.space, search.settings, search.objective)
     count = min(search.parallel, search.settings.n_trials)
     trials = [study.ask() for _ in range(count)]
     first = [search.compose(search.space.overrides(trial.values)) for trial in trials]
     for trial, job in zip(trials, first, strict=True):
-        print(f"{trial.describe()} -> {job.name}")
-    print(search.launcher.describe(first, search.settings.max_parallel))
-    print("dry run: nothing was started.")
+        say(f"{trial.describe()} -> {job.name}")
+    say(search.launcher.describe(first, search.settings.max_parallel))
+    say("dry run: nothing was started.")
     return 0
 
 
 def _run(search: _Search, process: SweepProcess) -> int:
     settings, launcher, folder = search.settings, search.launcher, search.folder
-    print(_heading(search), search.space.describe(), sep="\n", flush=True)
+    say(f"{_heading(search)}\n{search.space.describe()}")
     study = Study(folder / _JOURNAL, search.space, settings, search.objective)
     if study.counts():
-        print(f"so far: {_counts(study)}", flush=True)
+        say(f"so far: {_counts(study)}")
     course = Course(launcher, search.launcher_name, settings.max_parallel)
     trials = Trials(
         study, course, search.compose, search.objective, search.parallel, search.write_down
@@ -162,10 +162,10 @@ def _run(search: _Search, process: SweepProcess) -> int:
     with StopSignals() as signals, launcher:
         trials.run(signals, lambda: process.is_cancelled)
     conclude(folder, still_running=len(course.running))
-    print(f"{study.num_trials} of {settings.n_trials} trials: {_counts(study)}")
+    say(f"{study.num_trials} of {settings.n_trials} trials: {_counts(study)}")
     if (best := study.best()) is not None:
         values = " ".join(f"{name}={spelled(value)}" for name, value in best[2].items())
-        print(f"best: trial {best[0]}, {search.objective.metric} {best[1]:.6g}, {values}")
+        say(f"best: trial {best[0]}, {search.objective.metric} {best[1]:.6g}, {values}")
     return _exit_code(study)
 
 
@@ -173,7 +173,9 @@ def _exit_code(study: Study) -> int:
     counts = study.counts()
     if "fail" in counts:
         return FAILED
-    is_done = study.num_trials >= study.settings.n_trials and "running" not in counts
+    is_done = study.num_trials >= study.settings.n_trials and not {"running", "cancelled"} & {
+        *counts
+    }
     return FINISHED if is_done else INTERRUPTED
 
 

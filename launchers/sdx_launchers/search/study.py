@@ -5,6 +5,7 @@ on how often it was cut off.
 """
 
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 _NAME = "search"
 _SPREAD = 1_000_003  # so that neighbouring seeds share no trial
-_RETRY_OF, _ASKED, _RUN = "retry_of", "asked", "run"  # attributes of trials and of the study
+# attributes of trials and of the study
+_RETRY_OF, _ASKED, _RUN, _CANCELLED = "retry_of", "asked", "run", "cancelled"
 
 
 class Trial:
@@ -78,6 +80,11 @@ class Trial:
     def fail(self) -> None:
         self._study.tell(self.number, None, "FAIL")
 
+    def cancel(self) -> None:
+        """Ended by a person, which Optuna has no state for."""
+        self._trial.set_user_attr(_CANCELLED, True)
+        self.fail()
+
 
 class Study:
     """All trials of a search; without a `journal` it forgets them.
@@ -128,7 +135,7 @@ class Study:
         return [Trial(self, optuna.Trial(self._study, trial._trial_id)) for trial in found]
 
     def retry_failed(self) -> None:
-        """The trials that failed are the next to be asked, each once more."""
+        """The trials that failed or were cancelled are the next to be asked, each once more."""
         retried = self._retried()
         for trial in self._trials("FAIL"):
             if trial.number not in retried:
@@ -144,11 +151,16 @@ class Study:
         return best.number, best.value, best.params
 
     def counts(self) -> dict[str, int]:
-        """How many trials are in which state, by Optuna's names in small letters; of one that was
-        tried again the last state counts."""
+        """How many trials are in which state, by Optuna's names in small letters, or cancelled; of
+        one that was tried again the last state counts."""
         retried = self._retried()
         trials = [trial for trial in self._trials() if trial.number not in retried]
-        states = [trial.state.name.lower() for trial in trials]
+        states = [
+            _CANCELLED
+            if trial.state.name == "FAIL" and _CANCELLED in trial.user_attrs
+            else trial.state.name.lower()
+            for trial in trials
+        ]
         return {state: states.count(state) for state in dict.fromkeys(states)}
 
     def runs(self) -> dict[str, Mapping[str, Value]]:
@@ -258,11 +270,11 @@ def _suggest(trial: "optuna.Trial", axis: Any) -> Value:
 
 def _mend(journal: Path) -> None:
     """Cuts off a line that a kill left without its end: the next one would be written behind it,
-    and Optuna reads no further than a line that is no JSON."""
+    and Optuna reads no further than a line that is no JSON. A kill leaves the whole lines."""
     content = journal.read_bytes() if journal.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        journal.write_bytes(whole)
+    num_whole = content.rfind(b"\n") + 1
+    if num_whole != len(content):
+        os.truncate(journal, num_whole)
 
 
 class _HeldBySweep:

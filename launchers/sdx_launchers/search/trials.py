@@ -11,6 +11,7 @@ from sdx.record.stop_request import read_stop, request_stop
 from sdx.record.store import StoreError, patiently
 from sdx_launchers.jobs import Ended, Job
 from sdx_launchers.places import attach_by
+from sdx_launchers.saying import say
 from sdx_launchers.search.study import Study, Trial
 from sdx_launchers.sweep.course import Course
 from sdx_launchers.sweep.objective import Objective
@@ -97,7 +98,7 @@ class Trials:
         except ConfigError as error:
             self._answer([trial], None, Ended(Status.failed, str(error)))
             return
-        print(f"{trial.describe()} -> {job.name}", flush=True)
+        say(f"{trial.describe()} -> {job.name}")
         self.write_down(job)
         if job.name in self._running:
             self._running[job.name].trials.append(trial)
@@ -158,7 +159,7 @@ class Trials:
                 said = "not finite" if value is None else f"{value:.4g}"
                 running.pruned_for = f"{self.objective.metric} {said} at step {step} is worse"
                 number = running.trials[0].number
-                print(f"trial {number}: {running.pruned_for}; asked to stop", flush=True)
+                say(f"trial {number}: {running.pruned_for}; asked to stop")
         paths = running.job.paths
         if running.pruned_for and read_stop(paths) is None:  # its start removes what was there
             request_stop(paths, Status.pruned, running.pruned_for)
@@ -189,11 +190,13 @@ class Trials:
                     trial.complete(best.value)
                 case Status.pruned:
                     trial.prune()
-                case Status.failed | Status.cancelled:
+                case Status.cancelled:
+                    trial.cancel()
+                case Status.failed:
                     trial.fail()
             said = f" {self.objective.metric} {best.value:.4g} at step {best.step}" if best else ""
             reason = f": {ended.reason}" if ended.reason else ""
-            print(f"trial {trial.number}: {ended.status.name}{said}{reason}", flush=True)
+            say(f"trial {trial.number}: {ended.status.name}{said}{reason}")
 
 
 def _renamed(job: Job, name: str) -> Job:

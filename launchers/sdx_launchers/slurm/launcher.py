@@ -9,7 +9,6 @@ crashes is in its script (slurm/script.py, slurm/after.py), so it goes on withou
 import hashlib
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from sdx_launchers.launch_record import (
     remove_launch,
     write_launch,
 )
+from sdx_launchers.saying import say
 from sdx_launchers.slurm import queue as slurm_queue
 from sdx_launchers.slurm.after import COUNTS, ENDED, STOPPED
 from sdx_launchers.slurm.queue import JobState, Queue, SchedulerError
@@ -167,7 +167,7 @@ class SlurmLauncher:
             logs = [str(path) for path in submission.logs(id)]
             launch = {"name": submission.name, "logs": logs, "released": False}
             write_launch(job, NAME, id, **launch)
-            print(f"sdx: SLURM job {id}: {job.name}, log {logs[0]}", flush=True)
+            say(f"sdx: SLURM job {id}: {job.name}, log {logs[0]}")
             handles[job.name] = SlurmHandle(
                 job, launch | {"id": id}, self._queue, self._settings.signal_delay_s, is_new=True
             )
@@ -249,7 +249,7 @@ class SlurmHandle:
         is_held = state is not None and state.is_held
         if state is not None and is_held and not self._was_held:
             text = f"sdx: SLURM holds job {self.id} ({state.reason}); scontrol release {self.id}"
-            print(text, file=sys.stderr, flush=True)
+            say(text, aside=True)
         self._was_held = is_held
 
     def _ended(self, state: JobState) -> Ended:

@@ -6,10 +6,11 @@ without accounting have no sacct that answers; what is not known then, the files
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
+
+from sdx_launchers.saying import say
 
 _TIMEOUT_S = 120.0
 _GOES_ON = {
@@ -89,7 +90,7 @@ class Queue:
 
     def _say(self, text: str, *, is_silent: bool) -> None:
         if is_silent is not self._is_silent:
-            print(text, file=sys.stderr, flush=True)
+            say(text, aside=True)
         self._is_silent = is_silent
 
 

@@ -6,7 +6,6 @@ any point, the same command finds in the records what there is still to do.
 """
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from sdx_launchers.launch_record import read_job, read_launch, read_outcome
 from sdx_launchers.places import attach_by, make_launcher
 from sdx_launchers.runs import summary
 from sdx_launchers.runs.table import print_table
+from sdx_launchers.saying import say
 from sdx_launchers.sweep import course
 from sdx_launchers.sweep.course import Course
 from sdx_launchers.sweep.folder import (
@@ -71,7 +71,7 @@ def sweep(request: SweepRequest, settings: SweeperSettings, name: str, launcher:
     except KeyboardInterrupt:
         return INTERRUPTED
     except (RefusedStart, StoreError, DamagedRecord, SnapshotError) as error:
-        print(f"sdx: {error}", file=sys.stderr)
+        say(f"sdx: {error}", aside=True)
         return REFUSED
 
 
@@ -140,8 +140,8 @@ def _dry_run(prepared: Prepared, settings: SweeperSettings) -> int:
     standings = _survey(prepared, is_dry=True)
     _show(prepared, settings, standings)
     jobs = [one.job for one in standings if one.is_to_start(settings.retry_failed)]
-    print(prepared.launcher.describe(jobs, settings.max_parallel))
-    print("dry run: nothing was started.")
+    say(prepared.launcher.describe(jobs, settings.max_parallel))
+    say("dry run: nothing was started.")
     return FINISHED
 
 
@@ -175,11 +175,11 @@ def conclude(folder: Path, *, still_running: int) -> None:
     """Writes the summary and shows it, and how to reach jobs that go on."""
     try:
         print_table(summary.write(folder), Console(highlight=False))
-        print(f"summary: {shown_path(folder / 'summary.md')}", flush=True)
+        say(f"summary: {shown_path(folder / 'summary.md')}")
     except (StoreError, OSError) as error:
-        print(f"sdx: no summary is written ({error})", file=sys.stderr)
+        say(f"sdx: no summary is written ({error})", aside=True)
     if still_running:
-        print(going_on(folder, still_running), flush=True)
+        say(going_on(folder, still_running))
 
 
 def _status(standing: Standing, jobs: Course, todo: set[str]) -> Status | None:
@@ -224,7 +224,7 @@ def _show(prepared: Prepared, settings: SweeperSettings, standings: Sequence[Sta
     heading = f"sweep {prepared.folder.name}: {jobs} on {prepared.launcher_name[4:]}, {pace}"
     show_plan(heading, standings, settings.retry_failed)
     runs = prepared.jobs[0].paths.root.parent
-    print(f"runs: {shown_path(runs)}, this sweep: {shown_path(prepared.folder)}", flush=True)
+    say(f"runs: {shown_path(runs)}, this sweep: {shown_path(prepared.folder)}")
 
 
 def _labels(jobs: Sequence[Job]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from rich.text import Text
 from sdx.record.status import Status
 from sdx.record.store import AnyPath
 from sdx_launchers.runs.differences import short_names
+from sdx_launchers.saying import say
 from sdx_launchers.sweep.standing import ELSEWHERE, Standing
 
 _STARTS = {None: "starts", Status.interrupted: "resumes", Status.finished: "goes on"}
@@ -35,7 +36,7 @@ def show_plan(heading: str, standings: Sequence[Standing], retry_failed: bool) -
     with console.capture() as captured:
         console.print(Group(Text(heading, style="bold"), *_table(standings, retry_failed)))
     for line in captured.get().splitlines():
-        print(line.rstrip(), flush=True)
+        say(line.rstrip())
 
 
 def differing(overrides: Sequence[Sequence[str]]) -> list[dict[str, str]]:

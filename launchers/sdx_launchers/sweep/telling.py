@@ -8,6 +8,7 @@ from sdx.record.status import Status
 from sdx.record.store import StoreError
 from sdx_launchers.jobs import Ended, Handle, Job
 from sdx_launchers.runs.table import duration
+from sdx_launchers.saying import say
 from sdx_launchers.sweep.course import Told
 from sdx_launchers.sweep.objective import Objective, Value
 from sdx_launchers.sweep.plan import shown_path
@@ -36,7 +37,7 @@ class Progress(Told):
 
     def refused(self, jobs: Sequence[Job], reason: str) -> None:
         count = "1 job was" if len(jobs) == 1 else f"{len(jobs)} jobs were"
-        print(f"sdx: {count} not started: {reason}", flush=True)
+        say(f"sdx: {count} not started: {reason}")
 
     def stopping(self, handles: Sequence[Handle]) -> None:
         if handles:
@@ -44,11 +45,11 @@ class Progress(Told):
                 "1 job saves and ends" if len(handles) == 1 else f"{len(handles)} jobs save and end"
             )
             them = "it" if len(handles) == 1 else "them"
-            print(f"{jobs}; Ctrl-C again ends {them} at once", flush=True)
+            say(f"{jobs}; Ctrl-C again ends {them} at once")
 
     def _say(self, job: Job, text: str) -> None:
         number = self._numbers[job.name]
-        print(f"[{number}/{len(self._numbers)}] {job.name} {text}", flush=True)
+        say(f"[{number}/{len(self._numbers)}] {job.name} {text}")
 
 
 def best_value(job: Job, objective: Objective) -> Value | None:

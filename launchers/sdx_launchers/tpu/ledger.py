@@ -15,6 +15,7 @@ from typing import Any
 
 from sdx.record.files import DamagedRecord, now, read_json, write_json
 from sdx.record.owner import Owner, lives_here, this_process
+from sdx_launchers.saying import say
 from sdx_launchers.tpu.requests import Place
 
 
@@ -83,7 +84,7 @@ def _read(folder: Path) -> Iterator[dict[str, Any]]:
         try:
             fields = read_json(path)
         except DamagedRecord as error:
-            print(f"sdx: {error}", flush=True)
+            say(f"sdx: {error}")
             continue
         if fields is not None:
             yield fields
