@@ -633,8 +633,9 @@ MUTATIONS = (
     Mutation(
         "a job on a TPU worker that ends with 255 is a lost connection",
         "launchers/sdx_launchers/tpu/remote_processes.py",
-        "if line.startswith(self.token):",
-        "if line.startswith(self.token) and self.client.returncode != 255:",
+        "        if (found := re.search(told, said, re.MULTILINE)) is not None:",
+        "        found = re.search(told, said, re.MULTILINE)\n"
+        "        if found is not None and self.client.returncode != 255:",
         (f"{WORKERS}::test_one_failure_ends_all_and_says_whose_it_was",),
     ),
     Mutation(
@@ -718,8 +719,8 @@ MUTATIONS = (
     Mutation(
         "a run is stopped by what was asked of the start before",
         "sdx/record/run.py",
-        "paths.stop.unlink(missing_ok=True)",
-        "paths.stop",
+        "    forget_stop(paths)\n",
+        "",
         (
             "tests/record/test_stop_request.py::"
             "test_the_same_start_goes_on_and_hears_nothing_of_before",
