@@ -55,6 +55,9 @@ class Settings:
     """How long slurmctld knows a job that has ended (MinJobAge)."""
 
 
+_GOES_ON = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING")
+
+
 @dataclass(frozen=True)
 class Cluster:
     """A running cluster, as its users see it."""
@@ -90,6 +93,14 @@ class Cluster:
         duplicates = ("sacct", "--noheader", "--parsable2", "--allocations", "--duplicates")
         lines = self.run(*duplicates, f"--jobs={job}", columns).splitlines()
         return [(line.split("|")[0].split()[0], line.split("|")[1]) for line in lines]
+
+    def ended(self, job: str) -> list[tuple[str, str]]:
+        """The ledger of a job that has ended, which the accounting hears of later than squeue."""
+        _until(
+            f"the end of job {job} in the accounting",
+            lambda: self.ledger(job)[-1:] and self.ledger(job)[-1][0] not in _GOES_ON,
+        )
+        return self.ledger(job)
 
 
 def missing(settings: Settings) -> str | None:

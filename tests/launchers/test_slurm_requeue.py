@@ -140,8 +140,8 @@ def test_jobs_told_to_stop_in_mid_step_go_on_bit_equal(array: Typed, slurm: Clus
     first, second = shell.attempts(told)
     assert first["outcome"] == "interrupted" and SAVED < first["last_step"] < STEPS
     assert second["first_step"] == first["last_step"], "nothing is trained twice"
-    assert slurm.ledger(shell.id(told))[-1] == ("COMPLETED", "0:0")
-    assert len(slurm.ledger(shell.id(told))) == 2, "started twice"
+    assert slurm.ended(shell.id(told))[-1] == ("COMPLETED", "0:0")
+    assert len(slurm.ended(shell.id(told))) == 2, "started twice"
 
 
 def test_a_killed_process_takes_its_job_back_into_the_queue(array: Typed, slurm: Cluster) -> None:
@@ -155,7 +155,7 @@ def test_a_killed_process_takes_its_job_back_into_the_queue(array: Typed, slurm:
     assert second["first_step"] == SAVED, "its last checkpoint"
     log = shell.log(killed)
     assert "task 1: Killed" in log and "requeued, 1 of at most 2 retries" in log
-    assert len(slurm.ledger(shell.id(killed))) == 2
+    assert len(slurm.ended(shell.id(killed))) == 2
 
 
 def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(
@@ -173,14 +173,14 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(
     assert code == 0, output
     assert_as_if_nothing_had_happened(shell, run)
     assert shell.attempts(run)[-1]["first_step"] == SAVED, "its last checkpoint"
-    assert slurm.ledger(id)[-1] == ("COMPLETED", "0:0")
+    assert slurm.ended(id)[-1] == ("COMPLETED", "0:0")
 
 
 def test_a_fault_of_one_rank_fails_the_job_and_is_named(faulty: Typed, slurm: Cluster) -> None:
     code, output = faulty.ended()
     assert code == 1, output
     run, shell = run_of(faulty, "faulty"), faulty.shell
-    assert slurm.ledger(shell.id(run)) == [("FAILED", "1:0")], "not requeued"
+    assert slurm.ended(shell.id(run)) == [("FAILED", "1:0")], "not requeued"
     assert shell.status(run) == "failed"
     rank, fault = "process 1 of 2 on ", "ArithmeticError: a fault planted in rank 1"
     assert rank in shell.log(run) and fault in shell.log(run)
