@@ -102,7 +102,8 @@ class Launcher(Protocol):
         ...
 
     def start(self, jobs: Sequence[Job], max_parallel: int | None) -> Sequence[Handle]:
-        """Starts `jobs`, in order; LaunchError when it cannot, with nothing left behind."""
+        """Starts `jobs`, in order; LaunchError when it cannot, SnapshotError when the code cannot
+        be copied, with nothing left behind."""
         ...
 
     def attach(self, job: Job, launch: Mapping[str, Any]) -> Handle | None:

@@ -6,13 +6,16 @@ from contextlib import suppress
 from typing import TextIO
 
 
-def say(text: str, *, aside: bool = False) -> None:
+def say(text: str, *, aside: bool = False, end: str = "\n") -> None:
     """A line on standard output, or `aside` on standard error. Where nobody listens any more
-    (`| head`, `| tee` after Ctrl-C, a terminal that hung up) it goes on without words."""
+    (`| head`, `| tee` after Ctrl-C, a terminal that hung up) it goes on without words, and without
+    the letters that a terminal lacks."""
     out = sys.stderr if aside else sys.stdout
     try:
-        print(text, file=out, flush=True)
-    except OSError:
+        print(text, file=out, end=end, flush=True)
+    except UnicodeEncodeError:
+        say(text.encode("ascii", "replace").decode(), aside=aside, end=end)
+    except (OSError, ValueError):  # ValueError: it is closed
         mute(out)
 
 

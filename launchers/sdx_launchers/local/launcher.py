@@ -21,11 +21,12 @@ from sdx.config.errors import Problem
 from sdx.config.launching import LocalSettings
 from sdx.record.launched import PATIENCE_S, PIPE
 from sdx.record.owner import Owner, lives_here, owner_of
-from sdx.record.snapshot import Snapshot, SnapshotError, take_snapshot
+from sdx.record.snapshot import Snapshot, take_snapshot
 from sdx.record.status import Status
 from sdx_launchers.jobs import Ended, Job, LaunchError
 from sdx_launchers.launch_record import SNAPSHOTS, job_command, write_launch
 from sdx_launchers.local.shares import Share, share_out, this_machine
+from sdx_launchers.saying import say
 
 _LOG = "log.txt"
 _LOOK_EVERY_S = 0.1
@@ -135,10 +136,7 @@ class LocalLauncher:
     def _code(self, job: Job) -> Snapshot:
         """All jobs of a sweep run the code there was when the first of them started."""
         if self._snapshot is None:
-            try:
-                self._snapshot = take_snapshot(_snapshots(job))
-            except SnapshotError as error:
-                raise LaunchError(str(error)) from None
+            self._snapshot = take_snapshot(_snapshots(job))
         return self._snapshot
 
     def _shares(self, count: int) -> list[Share]:
@@ -176,8 +174,7 @@ class _Child:
     def poll(self) -> Ended | None:
         code = self._process.poll()
         if not self._log.closed and self._speaks:
-            sys.stdout.write(self._decode(self._log.read()))
-            sys.stdout.flush()
+            say(self._decode(self._log.read()), end="")
         if code is None:
             return None
         ended = self._ended(code)

@@ -19,9 +19,9 @@ from sdx.config.launching import TpuSettings
 from sdx.record.launched import PATIENCE_S
 from sdx.record.lock import is_held
 from sdx.record.owner import Owner, lives_here
-from sdx.record.snapshot import Snapshot, SnapshotError, take_snapshot
+from sdx.record.snapshot import Snapshot, take_snapshot
 from sdx.record.status import Status, read_status
-from sdx_launchers.jobs import Ended, Job, LaunchError
+from sdx_launchers.jobs import Ended, Job
 from sdx_launchers.launch_record import SNAPSHOTS, read_outcome, record_root
 from sdx_launchers.sweep.stop_signals import unstoppable
 from sdx_launchers.tpu.checks import all_problems
@@ -143,10 +143,7 @@ class TpuLauncher:
 
     def _taken(self, job: Job) -> Snapshot:
         if self._snapshot is None:
-            try:
-                self._snapshot = take_snapshot(record_root(job.config) / SNAPSHOTS)
-            except SnapshotError as error:
-                raise LaunchError(str(error)) from error
+            self._snapshot = take_snapshot(record_root(job.config) / SNAPSHOTS)
         return self._snapshot
 
     def _commands(self, job: Job, spec: Spec, name: str) -> list[str]:

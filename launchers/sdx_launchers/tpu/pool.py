@@ -4,16 +4,15 @@ Each is one queued resource of `num_slices` slices. A thread renews the lease in
 that are there and deletes those that no job has used for as long as a lease lasts.
 """
 
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
 from sdx.config.launching import TpuSettings
+from sdx_launchers import saying
 from sdx_launchers.jobs import LaunchError
 from sdx_launchers.sweep.stop_signals import unstoppable
 from sdx_launchers.tpu.client import NoCapacity, Node, Queued, Tpus, refusal
@@ -344,5 +343,4 @@ class _Said:
 def say(text: str) -> None:
     """A line for the person, beside what the jobs say. Nobody may be there to read it any more (a
     terminal that hung up, `2>&1 | tee` after Ctrl-C): TPUs are deleted all the same."""
-    with suppress(OSError, ValueError):
-        print(f"sdx: {text}", file=sys.stderr, flush=True)
+    saying.say(f"sdx: {text}", aside=True)

@@ -3,7 +3,6 @@
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from sdx.record.launched import ENDED_WITH_RUN, PATIENCE_S
+from sdx_launchers.saying import say
 from sdx_launchers.tpu.ssh import Host, last_lines
 
 EXIT_INTERRUPTED = 75
@@ -210,9 +210,7 @@ class _Echo:
     def show(self) -> None:
         text = self._log.read().decode(errors="replace")
         if text:
-            with suppress(OSError, ValueError):  # a terminal that was closed, or lacks letters
-                sys.stdout.write(text)
-                sys.stdout.flush()
+            say(text, end="")
 
     def close(self) -> None:
         self.show()
