@@ -89,6 +89,17 @@ def test_a_summary_without_any_run(tmp_path: Path) -> None:
     assert "curves.png" not in (folder / "summary.md").read_text()
 
 
+def test_curves_show_a_run_with_a_single_value(tmp_path: Path) -> None:
+    from sdx_launchers.runs.curves import draw_curves
+
+    png = draw_curves(Watch(make_lrs(tmp_path, **{"1": {"losses": [0.5]}})).look())
+    assert png is not None
+    with Image.open(io.BytesIO(png)) as picture:
+        left_of_legend = picture.convert("RGB").crop((0, 0, picture.width // 2, picture.height))
+    colours = [colour for _, colour in left_of_legend.getcolors(1 << 20) or ()]
+    assert (31, 119, 180) in colours, "tab10's first"
+
+
 def test_curves_tell_thirty_runs_apart(tmp_path: Path) -> None:
     from sdx_launchers.runs.curves import _named, _style
 

@@ -39,6 +39,7 @@ def draw_curves(table: RunsTable) -> bytes | None:
         for run in sorted(table.runs, key=lambda run: run.name in named):  # the named ones on top
             _draw(axes, run, metric, table, named.get(run.name))
         axes.set(xlabel="step", title=metric.replace("_", " "))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(color="#e6e6e6", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
         _scale(axes)
@@ -77,7 +78,8 @@ def _draw(axes: Any, run: RunFacts, metric: str, table: RunsTable, number: int |
     steps, values = [step for step, _ in points], [value for _, value in points]
     smooth = _running_mean(values) if metric == FALLBACK else values
     style = _style(number, is_best=run is table.best)
-    marker = "o" if len(steps) <= 30 and metric != FALLBACK else None
+    is_sparse = len(steps) == 1 or (len(steps) <= 30 and metric != FALLBACK)
+    marker = "o" if is_sparse else None  # without one, a single point is not seen
     axes.plot(steps, smooth, marker=marker, markersize=3, **style)
     if run.status == "failed":
         axes.plot(steps[-1], smooth[-1], "x", color=style["color"], markersize=9, mew=2)
