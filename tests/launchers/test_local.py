@@ -151,6 +151,13 @@ def test_a_job_that_dies_says_how(tmp_path: Path) -> None:
     assert "SIGKILL" in output
 
 
+def test_a_folder_that_takes_no_sweep_is_refused(tmp_path: Path) -> None:
+    with sweep(tmp_path, "run.seed=0,1", "run.output_dir=/dev/null/runs") as process:
+        output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 2 and "Traceback" not in output, output
+    assert "cannot be written (Not a directory); use another run.output_dir" in output
+
+
 def job(*overrides: str) -> Job:
     folder = Path("/its/launches/a job")
     return Job("job", "train", compose([*overrides]), (), RunPaths(Path("run")), folder, "sweep")

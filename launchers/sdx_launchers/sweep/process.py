@@ -15,7 +15,7 @@ class SweepProcess:
     """Held by the process that runs the sweep in `folder`, while entered.
 
     Raises:
-        RefusedStart: another living process runs it.
+        RefusedStart: another living process runs it, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path):
@@ -28,14 +28,18 @@ class SweepProcess:
         return (self._folder / _CANCEL).exists()
 
     def __enter__(self) -> Self:
-        self._folder.mkdir(parents=True, exist_ok=True)
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except RunLocked:
             raise RefusedStart(
                 f"{self._folder.name}: another process runs this sweep; "
                 f"`python -m sdx.runs {self._folder} --follow` shows it, --cancel ends it."
             ) from None
+        except OSError as error:
+            raise RefusedStart(
+                f"{self._folder}: cannot be written ({error.strerror}); use another run.output_dir."
+            ) from error
         (self._folder / _CANCEL).unlink(missing_ok=True)
         return self
 
