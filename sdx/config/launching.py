@@ -49,7 +49,9 @@ class SweeperSettings:
         identity=False,
     )
     fail_fast: bool = option(
-        False, "After the first failed job start no others and stop those that run.", identity=False
+        False,
+        "After the first failed job start no others and stop those that run; not detached.",
+        identity=False,
     )
     retry_failed: bool = option(
         False, "Start jobs that failed before once more, from their checkpoint.", identity=False

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -23,9 +25,10 @@ from sdx.record.stop_request import read_stop, request_stop
 from sdx.record.store import StoreError
 from sdx_launchers.jobs import Ended, Job, LaunchError
 from sdx_launchers.launch_record import read_outcome, write_job, write_launch, write_outcome
-from sdx_launchers.sweep import driver
+from sdx_launchers.sweep import course, driver
 from sdx_launchers.sweep.folder import make_jobs, sweep_folder, sweep_name
-from sdx_launchers.sweep.process import SweepProcess, ask_to_cancel
+from sdx_launchers.sweep.process import ask_to_cancel
+from sdx_launchers.sweep.turn import turn
 
 pytestmark = pytest.mark.fast
 
@@ -396,23 +399,106 @@ def test_a_dry_run_does_not_touch_what_is_half_handed_in(sweep: Sweep, is_dry: b
         job.folder.mkdir(parents=True)
         write_launch(job, NAME, "17", released=released)
     assert sweep.run(Asked(), dry_run=is_dry) == 0
-    assert asked == (["b"] if is_dry else ["a", "b"])
+    assert asked == (["b"] if is_dry else ["a", "b", "a", "b"])  # once more as they start
 
 
-@pytest.mark.parametrize("launch", [None, {"released": False}])
-def test_a_job_that_another_sweep_is_about_to_start_is_not_started_twice(
-    sweep: Sweep, launch: dict[str, bool] | None, capsys: pytest.CaptureFixture[str]
+def test_a_job_that_another_sweep_started_meanwhile_is_waited_for(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = replace(sweep.jobs[1], sweep="other")
-    write_job(other, NAME)
-    if launch is not None:
-        write_launch(other, NAME, "", **launch)
+    """Both had looked before either had started it."""
+    b = sweep.jobs[1]
+
+    def other_starts_b() -> None:
+        write_job(replace(b, sweep="other"), NAME)
+        write_launch(b, NAME, "18")
+        place.there["b"] = Running(b, Run(CUT, Status.interrupted, looks=2), id="18")
+
+    place = Place({"a": [Run(act=other_starts_b)]})
+    assert sweep.run(place) == 0
+    assert place.started == ["a", "c", "b"]  # which its sweep leaves before it is done
+    said = capsys.readouterr().out
+    assert "[2/3] b was started elsewhere by the sweep other, job 18: waits for it" in said
+    assert "[2/3] b was stopped where it ran: this sweep goes on with it" in said
+
+
+def test_what_others_did_meanwhile_is_told_and_not_done_again(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def others() -> None:
+        made(sweep.jobs[1], Status.finished, 4)
+        made(sweep.jobs[2], Status.failed, reason="no luck")
+
+    place = Place({"a": [Run(act=others)]})
+    assert sweep.run(place) == 1
+    assert place.started == ["a"]
+    said = capsys.readouterr().out
+    assert "[2/3] b finished meanwhile" in said and "[3/3] c failed meanwhile, no luck" in said
+
+
+def test_while_another_sweep_starts_its_jobs_this_one_does_not_even_look(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, waited = threading.Event(), threading.Event()
+    looks: list[bool] = []
+    sleep, look = time.sleep, driver.look
+
+    def wait(seconds: float) -> None:
+        waited.set()
+        sleep(seconds)
+
+    def looking(*given: Any) -> Any:
+        looks.append(waited.is_set())
+        return look(*given)
+
+    def other() -> None:
+        with turn(sweep.jobs[0].folder.parent):
+            entered.set()
+            assert waited.wait(60)
+
+    monkeypatch.setattr("sdx_launchers.sweep.turn.time.sleep", wait)
+    monkeypatch.setattr(driver, "look", looking)
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert entered.wait(60)
+    assert sweep.run(Place()) == 0
+    thread.join()
+    assert looks == [True]
+
+
+def test_the_end_of_a_job_is_not_noted_where_another_sweep_has_started_it_again(
+    sweep: Sweep,
+) -> None:
+    a = sweep.jobs[0]
+    place = Place({"a": [Run(CUT, None, act=lambda: write_job(replace(a, sweep="other"), NAME))]})
+    assert sweep.run(place) == 75
+    assert read_outcome(a.folder) is None and read_outcome(sweep.jobs[1].folder) == DONE
+
+
+def test_a_job_is_started_when_its_store_says_again_how_it_stands(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, asked = course.look, [0]
+
+    def at_times(*given: Any) -> Any:
+        asked[0] += 1
+        if asked[0] == 2:
+            raise StoreError("s3://bucket: does not answer.", may_pass=True)
+        return look(*given)
+
+    monkeypatch.setattr(course, "look", at_times)
     place = Place()
-    with SweepProcess(sweep.folder.with_name("other")):
-        assert sweep.run(place) == 2
-    assert place.started == []
-    assert "b: the sweep other is about to start it" in capsys.readouterr().err
-    assert sweep.run(place) == 0 and place.started == ["a", "b", "c"]
+    assert sweep.run(place) == 0
+    assert place.started == ["a", "b", "c"] and asked == [4]
+
+
+def test_fail_fast_is_refused_where_nobody_stays_to_stop_the_others(sweep: Sweep) -> None:
+    with pytest.raises(ConfigError) as refused:
+        sweep.run(Place(detach=True), fail_fast=True)
+    assert str(refused.value.problems[0]) == (
+        "hydra.sweeper.fail_fast=true: must be false with hydra.launcher.detach=true: nobody stays "
+        "to stop the others; drop one of the two."
+    )
+    assert list(Path().iterdir()) == []
 
 
 def test_a_store_that_does_not_answer_for_a_while_ends_no_sweep(sweep: Sweep) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,27 @@ from tests.launchers.test_local import descendants, is_alive, num_rows, read, sw
 PATIENCE_S = 1800  # for three jobs on a slow machine
 SIZES = "data.num_examples=64,65,66"  # other runs, the same compiled programs
 SHORT = ["sample.every=null", "eval.every=null", "hydra.launcher.poll_s=0.2"]
+
+STAND_IN = """\
+#!{python}
+import json, os, pathlib, signal, sys, time
+
+def end(status, code):
+    said = dict(status=status, step=3, updated="2026-01-01T00:00:00Z", reason=None)
+    (run / "draft").write_text(json.dumps(said))
+    os.replace(run / "draft", run / "status.json")
+    sys.exit(code)
+
+run = pathlib.Path(json.loads(pathlib.Path(os.environ["SDX_JOB"]).read_text())["run"])
+run.mkdir(exist_ok=True)
+signal.signal(signal.SIGTERM, lambda number, frame: end("interrupted", 75))
+with open(run / "starts", "a") as file:
+    file.write(f"{{os.getppid()}}\\n")
+while not (run / "go").exists():
+    time.sleep(0.02)
+end("finished", 0)
+"""
+"""In place of the trainer: ends when it is told to, and keeps its status."""
 
 
 def typed(folder: Path, *overrides: str) -> tuple[int, str]:
@@ -73,6 +95,41 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     attempts = sorted(first.glob("attempts/*.json"))
     assert len(attempts) == 2 and read(attempts[1])["first_step"] > 0
     assert [run["starts"] for run in summary(tmp_path)["runs"]] == [2, 1]
+
+
+def starts(run: Path) -> list[int]:
+    """The sweeps that have started STAND_IN for that run, by their process."""
+    path = run / "starts"
+    return [int(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_job_of_two_sweeps_runs_once_and_is_taken_over_where_one_is_stopped(
+    tmp_path: Path,
+) -> None:
+    """The second sweep is typed when nothing of the shared job is on record."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STAND_IN.format(python=sys.executable))
+    stand_in.chmod(0o755)
+    overrides = [*SHORT, "train.max_steps=3", f"hydra.launcher.python={stand_in}"]
+    with sweep(tmp_path, *overrides, "run.seed=1,0") as second:
+        wait_until(lambda: [*tmp_path.glob("outputs/*/starts")], second)
+        [own] = [path.parent for path in tmp_path.glob("outputs/*/starts")]
+        with sweep(tmp_path, *overrides, "run.seed=0") as first:
+            wait_until(lambda: len([*tmp_path.glob("outputs/*/starts")]) == 2, first)
+            [shared] = {path.parent for path in tmp_path.glob("outputs/*/starts")} - {own}
+            (own / "go").touch()
+            assert second.stdout is not None
+            said = next(line for line in second.stdout if line.startswith("[2/2]"))
+            assert f"{shared.name} was started elsewhere by the sweep" in said, said
+            first.send_signal(signal.SIGINT)
+            output, _ = first.communicate(timeout=PATIENCE_S)
+        assert first.returncode == 75, output
+        wait_until(lambda: len(starts(shared)) == 2, second)
+        (shared / "go").touch()
+        output = second.stdout.read()
+        assert second.wait() == 0, output
+    assert starts(shared) == [first.pid, second.pid] and starts(own) == [second.pid]
+    assert "was stopped where it ran: this sweep goes on with it" in output
 
 
 def test_faults_of_all_jobs_are_listed_and_nothing_is_started(

@@ -10,12 +10,10 @@ from sdx.record.status import Status
 from sdx.record.stop_request import read_stop, request_stop
 from sdx.record.store import StoreError, patiently
 from sdx_launchers.jobs import Ended, Job
-from sdx_launchers.places import attach_by
 from sdx_launchers.saying import say
 from sdx_launchers.search.study import Study, Trial
 from sdx_launchers.sweep.course import Course
 from sdx_launchers.sweep.objective import Objective
-from sdx_launchers.sweep.standing import look
 from sdx_launchers.sweep.stop_signals import StopSignals
 
 Compose = Callable[[Sequence[str]], Job]
@@ -30,7 +28,6 @@ class _Running:
     trials: list[Trial]
     pruned_for: str | None = None
     """Why it was asked to stop."""
-    is_attached: bool = False
 
 
 @dataclass
@@ -108,20 +105,9 @@ class Trials:
 
     def _start(self, job: Job) -> None:
         """Starts the run, waits for one that an earlier start began, or ends what has ended."""
-        course = self.course
-        [standing] = look([job], attach_by(course.launcher_name, course.launcher))
-        if standing.handle is not None:
-            self._running[job.name].is_attached = True
-            course.attach(standing.handle)
-            return
-        if standing.is_to_start(self.study.settings.retry_failed):
-            course.ended.pop(job.name, None)  # of a start before
-            course.start([standing])
-            if job.name in course.ended:  # it could not be started
-                self._end(job.name, course.ended[job.name])
-            return
-        assert standing.status is not None
-        self._end(job.name, Ended(standing.status, standing.reason))
+        self.course.begin([job], retry_failed=self.study.settings.retry_failed)
+        if job.name in self.course.ended:
+            self._end(job.name, self.course.ended[job.name])
 
     def _job(self, trial: Trial) -> Job:
         """The trial's job, by the name it had from the first. Two trials that differ only in keys
@@ -143,13 +129,10 @@ class Trials:
             except (StoreError, ValueError):
                 continue  # a store in trouble, or a row half written: heard the next time
         for job in self.course.look():
-            ended, running = self.course.ended[job.name], self._running[job.name]
-            was_left = running.is_attached and ended.status is Status.interrupted
-            if was_left and not self._times_stopped:  # it ended with the sweep that had begun it
-                running.is_attached = False
+            if self.course.was_left(job) and not self._times_stopped:
                 self._start(job)
             else:
-                self._end(job.name, ended)
+                self._end(job.name, self.course.ended[job.name])
 
     def _report(self, running: _Running) -> None:
         """Tells what is new, a step at a time: other trials may have no value of a later one."""

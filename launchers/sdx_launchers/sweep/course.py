@@ -5,15 +5,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 
 from sdx.record.snapshot import SnapshotError
 from sdx.record.status import RunStatus, Status
 from sdx.record.stop_request import forget_stop
 from sdx.record.store import StoreError
 from sdx_launchers.jobs import Ended, Handle, Job, Launcher, LaunchError
-from sdx_launchers.launch_record import write_job, write_outcome
+from sdx_launchers.launch_record import read_job, write_job, write_outcome
+from sdx_launchers.places import attach_by
 from sdx_launchers.sweep.standing import Standing, look, settle
 from sdx_launchers.sweep.stop_signals import StopSignals
+from sdx_launchers.sweep.turn import turn
 
 
 class Told:
@@ -24,6 +27,15 @@ class Told:
 
     def ended(self, job: Job, ended: Ended, seconds: float) -> None:
         """A job has ended that was running."""
+
+    def elsewhere(self, handle: Handle) -> None:
+        """A job that was to be started has been by somebody else meanwhile."""
+
+    def settled(self, job: Job, ended: Ended) -> None:
+        """A job that was to be started has ended by somebody else's doing meanwhile."""
+
+    def left(self, job: Job) -> None:
+        """A job that was waited for was stopped where it ran: it is this sweep's to go on with."""
 
     def refused(self, jobs: Sequence[Job], reason: str) -> None:
         """Jobs could not be started."""
@@ -45,32 +57,49 @@ class Course:
     told: Told = field(default_factory=Told)
     running: list[Handle] = field(default_factory=list)
     ended: dict[str, Ended] = field(default_factory=dict)
+    _attached: set[str] = field(default_factory=set)
+    _by: dict[str, str | None] = field(default_factory=dict)  # the sweeps that started them
     _before: dict[str, RunStatus | None] = field(default_factory=dict)
     _since: dict[str, float] = field(default_factory=dict)
 
-    def start(self, standings: Sequence[Standing]) -> None:
-        """Hands jobs over; those that cannot be started have failed."""
-        jobs = [one.job for one in standings]
+    def begin(self, jobs: Sequence[Job], *, retry_failed: bool) -> list[Job]:
+        """Starts jobs; one that somebody else has started since it was looked at is waited for.
+        Returns those that are over, as somebody else has done them.
+
+        Raises:
+            StoreError: a store does not say how they stand; none was started.
+        """
+        attach = attach_by(self.launcher_name, self.launcher)
+        with turn(jobs[0].folder.parent):
+            standings = look(jobs, attach)
+            to_start = [one for one in standings if one.is_to_start(retry_failed)]
+            for job in jobs:
+                self.ended.pop(job.name, None)
+                self._attached.discard(job.name)
+            if to_start:
+                self._start(to_start)
+        over: list[Job] = []
         for one in standings:
-            write_job(one.job, self.launcher_name)
-            with suppress(OSError):  # the run does so too, if it comes that far
-                forget_stop(one.job.paths)
-            self._before[one.job.name] = one.before
-            self._since[one.job.name] = time.monotonic()
-        try:
-            handles = self.launcher.start(jobs, self.max_parallel)
-        except (LaunchError, SnapshotError) as error:
-            self.ended |= {job.name: Ended(Status.failed, str(error)) for job in jobs}
-            self.told.refused(jobs, str(error))
-            return
-        for handle in handles:
-            self.running.append(handle)
-            self.told.started(handle)
+            if one.handle is not None:
+                self.attach(one.handle)
+                self.told.elsewhere(one.handle)
+            elif one not in to_start:
+                assert one.status is not None
+                self.ended[one.job.name] = Ended(one.status, one.reason)
+                self.told.settled(one.job, self.ended[one.job.name])
+                over.append(one.job)
+        return over
 
     def attach(self, handle: Handle) -> None:
         """Waits for a job that was started before."""
         self._since[handle.job.name] = time.monotonic()
+        self._attached.add(handle.job.name)
+        self._by[handle.job.name] = _starter(handle.job)
         self.running.append(handle)
+
+    def was_left(self, job: Job) -> bool:
+        """Whether it was waited for, and was cut off with whoever had started it."""
+        return job.name in self._attached and self.ended[job.name].status is Status.interrupted
 
     def look(self) -> list[Job]:
         """The jobs that have ended since the last look."""
@@ -86,7 +115,8 @@ class Course:
                 continue
             self.running.remove(handle)
             ended = settle(handle.job, said, self._before.get(handle.job.name))
-            write_outcome(handle.job, ended)
+            if _starter(handle.job) == self._by[handle.job.name]:  # not started anew since
+                write_outcome(handle.job, ended)
             self.ended[handle.job.name] = ended
             self.told.ended(handle.job, ended, time.monotonic() - self._since[handle.job.name])
             over.append(handle.job)
@@ -98,41 +128,66 @@ class Course:
         for handle in self.running:
             handle.stop()
 
+    def _start(self, standings: Sequence[Standing]) -> None:
+        """Hands jobs over; those that cannot be started have failed."""
+        jobs = [one.job for one in standings]
+        for one in standings:
+            write_job(one.job, self.launcher_name)
+            with suppress(OSError):  # the run does so too, if it comes that far
+                forget_stop(one.job.paths)
+            self._by[one.job.name] = one.job.sweep
+            self._before[one.job.name] = one.before
+            self._since[one.job.name] = time.monotonic()
+        try:
+            handles = self.launcher.start(jobs, self.max_parallel)
+        except (LaunchError, SnapshotError) as error:
+            self.ended |= {job.name: Ended(Status.failed, str(error)) for job in jobs}
+            self.told.refused(jobs, str(error))
+            return
+        for handle in handles:
+            self.running.append(handle)
+            self.told.started(handle)
+
 
 def run(
     course: Course,
     standings: Iterable[Standing],
     *,
+    retry_failed: bool,
     fail_fast: bool,
     signals: StopSignals,
     is_cancelled: Callable[[], bool],
 ) -> None:
-    """Starts jobs in order and waits for all that run. One that an earlier sweep had started, and
+    """Starts jobs in order and waits for all that run. One that another sweep had started, and
     that was cut off with it, is started again. A sweep that is cancelled starts no more; whoever
     cancels it asks its runs to stop."""
     launcher = course.launcher
-    attached: dict[str, Standing] = {}
-    pending: deque[Standing] = deque()
+    pending: deque[Job] = deque()
     for one in standings:
         if one.handle is None:
-            pending.append(one)
+            pending.append(one.job)
         else:
-            attached[one.job.name] = one
             course.attach(one.handle)
     heard, is_stopping = 0, False
     while pending or course.running:
+        over: list[Job] = []
         while not signals.count and (room := _room(course, len(pending))) > 0:
-            course.start([pending.popleft() for _ in range(room)])
+            try:
+                over += course.begin([*islice(pending, room)], retry_failed=retry_failed)
+            except StoreError as error:
+                if not error.may_pass:
+                    raise
+                break  # as long as nobody can tell how a job stands it is not started
+            for _ in range(room):
+                pending.popleft()
         if launcher.detach and not pending:
             return
-        over = course.look()
+        over += course.look()
         failed = any(course.ended[job.name].status is Status.failed for job in over)
         for job in over:
-            again = attached.pop(job.name, None)
-            ended = course.ended[job.name].status
-            if again is not None and ended is Status.interrupted and not is_stopping:
-                del course.ended[job.name]
-                pending += look([job], lambda job, launch: None)
+            if course.was_left(job) and not is_stopping:
+                course.told.left(job)
+                pending.append(job)
         if pending and is_cancelled():
             is_stopping = True
             pending.clear()
@@ -142,8 +197,14 @@ def run(
             heard, is_stopping = signals.count, True
             pending.clear()
             course.stop()
-        if course.running and not over:
+        if (course.running or pending) and not over:
             signals.wait(launcher.poll_s)
+
+
+def _starter(job: Job) -> str | None:
+    """The sweep whose job the record is of."""
+    noted = read_job(job.folder)
+    return None if noted is None else str(noted["sweep"])
 
 
 def _room(course: Course, pending: int) -> int:

@@ -23,7 +23,6 @@ from sdx.record.snapshot import SnapshotError
 from sdx.record.status import Status
 from sdx.record.store import StoreError
 from sdx_launchers.jobs import Handle, Job, Launcher
-from sdx_launchers.launch_record import read_job, read_launch, read_outcome
 from sdx_launchers.places import attach_by, make_launcher
 from sdx_launchers.runs import summary
 from sdx_launchers.runs.table import print_table
@@ -39,10 +38,11 @@ from sdx_launchers.sweep.folder import (
 )
 from sdx_launchers.sweep.objective import Objective, parse_objective
 from sdx_launchers.sweep.plan import differing, label, show_plan, shown_path
-from sdx_launchers.sweep.process import SweepProcess, is_running
+from sdx_launchers.sweep.process import SweepProcess
 from sdx_launchers.sweep.standing import Standing, look
 from sdx_launchers.sweep.stop_signals import StopSignals
 from sdx_launchers.sweep.telling import Progress, best_value, going_on
+from sdx_launchers.sweep.turn import turn
 
 FINISHED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 75
 _BY_WEIGHT = (FAILED, REFUSED, INTERRUPTED, FINISHED)
@@ -85,6 +85,9 @@ def prepare(
     sweep = sweep_name(request.command, request.jobs, settings.name)
     jobs = make_jobs(request.command, request.jobs, sweep)
     problems += _path_problems(jobs[0])
+    if settings.fail_fast and launcher.detach:
+        rule = "must be false with hydra.launcher.detach=true: nobody stays to stop the others"
+        problems.append(Problem("hydra.sweeper.fail_fast", "true", rule, "drop one of the two"))
     problems += launcher.problems(jobs, settings.max_parallel)
     if problems or isinstance(objective, Problem):
         raise ConfigError(problems)
@@ -149,8 +152,8 @@ def _run(
     prepared: Prepared, request: SweepRequest, settings: SweeperSettings, process: SweepProcess
 ) -> int:
     launcher, folder = prepared.launcher, prepared.folder
-    _wait_for_no_other(prepared)
-    standings = _survey(prepared, is_dry=False)
+    with turn(prepared.jobs[0].folder.parent):
+        standings = _survey(prepared, is_dry=False)
     _show(prepared, settings, standings)
     manifest(prepared, request)
     todo = [one for one in standings if one.handle or one.is_to_start(settings.retry_failed)]
@@ -160,6 +163,7 @@ def _run(
         course.run(
             jobs,
             todo,
+            retry_failed=settings.retry_failed,
             fail_fast=settings.fail_fast,
             signals=signals,
             is_cancelled=lambda: process.is_cancelled,
@@ -199,21 +203,6 @@ def _survey(prepared: Prepared, *, is_dry: bool) -> list[Standing]:
         return None if launch.get("released") is False else attach(job, launch)
 
     return look(prepared.jobs, attach_whole if is_dry else attach)
-
-
-def _wait_for_no_other(prepared: Prepared) -> None:
-    """Raises RefusedStart where another sweep is about to start one of the jobs: what it has not
-    written down yet would be taken back, or started twice."""
-    for job in prepared.jobs:
-        noted = read_job(job.folder)
-        if noted is None or noted["sweep"] == job.sweep or read_outcome(job.folder) is not None:
-            continue
-        is_handed_over = (read_launch(job.folder) or {"released": False}).get("released", True)
-        if not is_handed_over and is_running(prepared.folder.with_name(str(noted["sweep"]))):
-            raise RefusedStart(
-                f"{job.name}: the sweep {noted['sweep']} is about to start it; type the command "
-                "again when it has."
-            )
 
 
 def _show(prepared: Prepared, settings: SweeperSettings, standings: Sequence[Standing]) -> None:

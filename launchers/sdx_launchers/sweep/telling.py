@@ -7,11 +7,13 @@ from sdx.record.metrics import read_column
 from sdx.record.status import Status
 from sdx.record.store import StoreError
 from sdx_launchers.jobs import Ended, Handle, Job
+from sdx_launchers.launch_record import read_job
 from sdx_launchers.runs.table import duration
 from sdx_launchers.saying import say
 from sdx_launchers.sweep.course import Told
 from sdx_launchers.sweep.objective import Objective, Value
 from sdx_launchers.sweep.plan import shown_path
+from sdx_launchers.sweep.standing import ELSEWHERE
 
 
 class Progress(Told):
@@ -34,6 +36,20 @@ class Progress(Told):
         parts += [f"{self._objective.metric} {best.value:.4g} at step {best.step}"] if best else []
         parts += [ended.reason] if ended.reason else []
         self._say(job, ", ".join(parts))
+
+    def elsewhere(self, handle: Handle) -> None:
+        noted = read_job(handle.job.folder)
+        by = "" if noted is None else f" by the sweep {noted['sweep']}"
+        job = "" if handle.id == ELSEWHERE else f", job {handle.id}"
+        self._say(handle.job, f"was started elsewhere{by}{job}: waits for it")
+
+    def settled(self, job: Job, ended: Ended) -> None:
+        self._say(
+            job, f"{ended.status.name} meanwhile{f', {ended.reason}' if ended.reason else ''}"
+        )
+
+    def left(self, job: Job) -> None:
+        self._say(job, "was stopped where it ran: this sweep goes on with it")
 
     def refused(self, jobs: Sequence[Job], reason: str) -> None:
         count = "1 job was" if len(jobs) == 1 else f"{len(jobs)} jobs were"
