@@ -2,7 +2,8 @@
 this file into `sdx/training` there.
 
 Variables say what. The first start of a job waits with SDX_TEST_HOLD=STEP before that step until a
-file `go` lies beside its job.json, and takes S seconds more for each step from the fourth on with
+file `go` lies beside its job.json, and then takes its time, so that what it was asked meanwhile is
+heard before the last step. It takes S seconds more for each step from the fourth on with
 SDX_TEST_SLOW=S. With SDX_TEST_RAISE=RANK:STEP that rank raises there, at every start.
 
 Compiled programs are kept by all processes, not by the first alone: on a CPU each has its own.
@@ -19,6 +20,7 @@ from sdx.data.loader import HostBatch
 from sdx.parallel.agreement import process_index
 from sdx.training.program import Batch, Program
 
+_AFTERWARDS_S = 2.0
 _place_batch = Program.place_batch
 
 
@@ -35,8 +37,11 @@ def _linger(step: int) -> None:
     if step > 3:
         time.sleep(float(os.environ.get("SDX_TEST_SLOW", 0)))
     go = Path(os.environ.get("SDX_JOB", "job.json")).with_name("go")
-    while str(step) == os.environ.get("SDX_TEST_HOLD") and not go.exists():
+    hold = int(os.environ.get("SDX_TEST_HOLD", 0))
+    while step == hold and not go.exists():
         time.sleep(0.1)
+    if 0 < hold < step:
+        time.sleep(_AFTERWARDS_S)
 
 
 def _keep(key: str, seconds: float, name: str, backend: Any, program: Any, callbacks: Any) -> None:

@@ -51,11 +51,11 @@ class Settings:
     cpus: int = 4
     gpus: int = 4
     accounting: bool = True
-    remembers_s: int = 600
+    remembers_s: int = 3600
     """How long slurmctld knows a job that has ended (MinJobAge)."""
 
 
-_GOES_ON = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING")
+_GOES_ON = ("PENDING", "RUNNING", "COMPLETING")
 
 
 @dataclass(frozen=True)
@@ -87,20 +87,19 @@ class Cluster:
         lines = self.run("squeue", "--noheader", "--array", "--format=%i %T").splitlines()
         return dict(line.split() for line in lines)
 
-    def ledger(self, job: str) -> list[tuple[str, str]]:
-        """(state, exit code) of each start of a job, oldest first, from the accounting."""
-        columns = "--format=State,ExitCode"
-        duplicates = ("sacct", "--noheader", "--parsable2", "--allocations", "--duplicates")
-        lines = self.run(*duplicates, f"--jobs={job}", columns).splitlines()
-        return [(line.split("|")[0].split()[0], line.split("|")[1]) for line in lines]
+    def requeues(self, job: str) -> int:
+        """How often a job came back into the queue, by the controller: the accounting hears of it
+        later, and of some ends never."""
+        return int(self._told(job, "Restarts"))
 
-    def ended(self, job: str) -> list[tuple[str, str]]:
-        """The ledger of a job that has ended, which the accounting hears of later than squeue."""
-        _until(
-            f"the end of job {job} in the accounting",
-            lambda: self.ledger(job)[-1:] and self.ledger(job)[-1][0] not in _GOES_ON,
-        )
-        return self.ledger(job)
+    def end(self, job: str) -> tuple[str, str]:
+        """(state, exit code) of a job that has left the queue, or is about to."""
+        _until(f"the end of job {job}", lambda: self._told(job, "JobState") not in _GOES_ON)
+        return self._told(job, "JobState"), self._told(job, "ExitCode")
+
+    def _told(self, job: str, what: str) -> str:
+        words = self.run("scontrol", "show", "job", "--oneliner", job).split()
+        return next(word.partition("=")[2] for word in words if word.startswith(f"{what}="))
 
 
 def missing(settings: Settings) -> str | None:

@@ -65,7 +65,7 @@ def limited(shell: Shell) -> Iterator[Typed]:
     with shell.typed("train", *LIMITED, SDX_TEST_SLOW="10") as processes:
         typed = Typed(shell, processes)
         run = run_of(typed, "limited")
-        until(lambda: shell.rows(run) or len(shell.cluster.ledger(shell.id(run))) > 1)
+        until(lambda: shell.rows(run) or shell.cluster.requeues(shell.id(run)))
         if not shell.rows(run):  # a slow machine has not begun by then
             set_limit(shell, run, minutes=60)
         shell.wait_for_step(run, 1)  # the others need not compile
@@ -140,8 +140,8 @@ def test_jobs_told_to_stop_in_mid_step_go_on_bit_equal(array: Typed, slurm: Clus
     first, second = shell.attempts(told)
     assert first["outcome"] == "interrupted" and SAVED < first["last_step"] < STEPS
     assert second["first_step"] == first["last_step"], "nothing is trained twice"
-    assert slurm.ended(shell.id(told))[-1] == ("COMPLETED", "0:0")
-    assert len(slurm.ended(shell.id(told))) == 2, "started twice"
+    assert slurm.end(shell.id(told)) == ("COMPLETED", "0:0")
+    assert slurm.requeues(shell.id(told)) == 1
 
 
 def test_a_killed_process_takes_its_job_back_into_the_queue(array: Typed, slurm: Cluster) -> None:
@@ -155,7 +155,7 @@ def test_a_killed_process_takes_its_job_back_into_the_queue(array: Typed, slurm:
     assert second["first_step"] == SAVED, "its last checkpoint"
     log = shell.log(killed)
     assert "task 1: Killed" in log and "requeued, 1 of at most 2 retries" in log
-    assert len(slurm.ended(shell.id(killed))) == 2
+    assert slurm.requeues(shell.id(killed)) == 1
 
 
 def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(
@@ -168,19 +168,20 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(
     nodes = next(word.partition("=")[2] for word in words if word.startswith("NodeList="))
     second = slurm.run("scontrol", "show", "hostnames", nodes).split()[1]
     slurm.run("scontrol", "update", f"nodename={second}", "state=down", "reason=test")
-    until(lambda: slurm.ledger(id)[0][0] == "NODE_FAIL")
+    until(lambda: slurm.requeues(id) == 1)
     code, output = lost.ended()
     assert code == 0, output
     assert_as_if_nothing_had_happened(shell, run)
     assert shell.attempts(run)[-1]["first_step"] == SAVED, "its last checkpoint"
-    assert slurm.ended(id)[-1] == ("COMPLETED", "0:0")
+    assert slurm.end(id) == ("COMPLETED", "0:0")
 
 
 def test_a_fault_of_one_rank_fails_the_job_and_is_named(faulty: Typed, slurm: Cluster) -> None:
     code, output = faulty.ended()
     assert code == 1, output
     run, shell = run_of(faulty, "faulty"), faulty.shell
-    assert slurm.ended(shell.id(run)) == [("FAILED", "1:0")], "not requeued"
+    assert slurm.end(shell.id(run)) == ("FAILED", "1:0")
+    assert slurm.requeues(shell.id(run)) == 0
     assert shell.status(run) == "failed"
     rank, fault = "process 1 of 2 on ", "ArithmeticError: a fault planted in rank 1"
     assert rank in shell.log(run) and fault in shell.log(run)
@@ -221,7 +222,7 @@ def test_a_run_longer_than_its_time_limit_goes_on_in_the_next_job(
     code, output = limited.ended()
     assert code == 75 and "1 job goes on without this process" in output, output
     assert "--follow" in output and "--cancel" in output
-    until(lambda: len(slurm.ledger(id)) > 1, lambda: shell.log(run))
+    until(lambda: slurm.requeues(id), lambda: shell.log(run))
     set_limit(shell, run, minutes=60)
     code, output = shell.run("train", *LIMITED)
     assert code == 0 and shell.id(run) == id, output

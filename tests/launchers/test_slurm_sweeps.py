@@ -110,7 +110,7 @@ def test_pending_and_running_jobs_are_cancelled_and_stay_so(in_turn: Typed, slur
     assert code not in (0, 2), output
     for run in (first, second):
         shell.wait_for_end(run)
-        assert len(slurm.ended(shell.id(run))) == 1, "not requeued"
+        assert slurm.requeues(shell.id(run)) == 0
     assert shell.status(first) == "cancelled"
     assert len(shell.attempts(first)) == 1 and not shell.attempts(second)
     assert {row["status"] for row in summary(shell).values()} == {"cancelled"}
@@ -147,14 +147,14 @@ def test_a_driver_that_is_killed_hands_nothing_in_twice(six: Typed, slurm: Clust
     code, output = shell.run("train", *SIX)
     assert code == 1, output
     assert {run: job["id"] for run, job in shell.launches().items()} == before
-    assert [len(slurm.ended(id)) for id in before.values()] == [1] * 6
+    assert [slurm.requeues(id) for id in before.values()] == [0] * 6
     rows = summary(shell)
     assert {lr: row["status"] for lr, row in rows.items() if row["status"] != "finished"} == {
         "1e+30": "failed"
     }
     bad = six.run_of(lr(1e30))
     assert "max_bad_steps" in output and "max_bad_steps" in shell.log(bad)
-    assert slurm.ended(shell.id(bad)) == [("FAILED", "1:0")]
+    assert slurm.end(shell.id(bad)) == ("FAILED", "1:0")
 
 
 def test_the_sweep_of_the_design_is_an_array_of_jobs_of_two_nodes_with_two_processes(
@@ -171,7 +171,7 @@ def test_the_sweep_of_the_design_is_an_array_of_jobs_of_two_nodes_with_two_proce
         assert f"SLURM job {id}: {run}" in output
         assert shell.status(run) == "finished"
         assert [row["step"] for row in shell.rows(run)] == [*range(1, STEPS + 1)]
-        assert slurm.ended(id) == [("COMPLETED", "0:0")]
+        assert slurm.requeues(id) == 0 and slurm.end(id) == ("COMPLETED", "0:0")
         said = slurm.run("scontrol", "show", "job", "--oneliner", id)
         assert " NumNodes=2 " in said and " NumTasks=4 " in said
         assert len(shell.launches()[run]["logs"]) == 4
