@@ -38,7 +38,7 @@ def _linger(step: int) -> None:
         time.sleep(float(os.environ.get("SDX_TEST_SLOW", 0)))
     go = Path(os.environ.get("SDX_JOB", "job.json")).with_name("go")
     hold = int(os.environ.get("SDX_TEST_HOLD", 0))
-    while step == hold and not go.exists():
+    while 0 < hold == step and not go.exists():
         time.sleep(0.1)
     if 0 < hold < step:
         time.sleep(_AFTERWARDS_S)
