@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,15 +141,35 @@ def test_ctrl_c_has_the_job_save_and_the_same_command_goes_on(tmp_path: Path) ->
     assert read(run / "status.json")["step"] == step + 2
 
 
-def test_a_job_that_dies_says_how(tmp_path: Path) -> None:
+def test_a_job_that_is_killed_before_its_first_word_is_started_by_the_same_command(
+    tmp_path: Path,
+) -> None:
     with sweep(tmp_path, "run.seed=0", *ENDLESS) as process:
         launches = tmp_path / "outputs" / "launches"
         wait_until(lambda: list(launches.glob("*/launch.json")), process)
         [launch] = launches.glob("*/launch.json")
         os.kill(int(read(launch)["id"]), signal.SIGKILL)
         output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 1, output
-    assert "SIGKILL" in output
+    assert process.returncode == 75 and "interrupted" in output and "SIGKILL" in output, output
+    with sweep(tmp_path, "run.seed=0", *ENDLESS, "hydra.sweeper.dry_run=true") as process:
+        planned, _ = process.communicate(timeout=PATIENCE_S)
+    assert "starts" in planned and "left" not in planned, planned
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_job_that_crashes_by_itself_has_failed(end: signal.Signals, tmp_path: Path) -> None:
+    script = tmp_path / "ends"
+    script.write_text(f"#!/bin/sh\nkill -{end} $$\n")
+    script.chmod(0o700)
+    folder = tmp_path / "outputs" / "launches" / "a"
+    folder.mkdir(parents=True)
+    here = replace(job(), folder=folder)
+    with LocalLauncher(LocalSettings(python=str(script))) as launcher:
+        [child] = launcher.start([here], None)
+        wait_until(lambda: not child.is_running())
+        ended = child.poll()
+    assert ended is not None and ended.reason == f"ended by {end.name}"
+    assert ended.status.name == ("interrupted" if end == signal.SIGKILL else "failed")
 
 
 def test_a_folder_that_takes_no_sweep_is_refused(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ _LOG = "log.txt"
 _LOOK_EVERY_S = 0.1
 _MOST_CHARACTERS = 300  # of a log's last line, as a reason
 _BY_CODE = {0: Status.finished, 75: Status.interrupted}
+_CRASHES = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
 
 
 class LocalLauncher:
@@ -198,8 +199,10 @@ class _Child:
             return Ended(_BY_CODE[code])
         if code < 0 and self._times_stopped:
             return Ended(Status.interrupted)
-        if code < 0:
-            return Ended(Status.failed, f"ended by {signal.Signals(-code).name}")
+        if code < 0:  # by its own doing, or killed by somebody: then the same command goes on
+            number = signal.Signals(-code)
+            status = Status.failed if number in _CRASHES else Status.interrupted
+            return Ended(status, f"ended by {number.name}")
         last = _last_line(self._log)
         return Ended(Status.failed, f"exit code {code}{last and ': '}{last}")
 
