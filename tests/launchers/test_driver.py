@@ -535,6 +535,19 @@ def test_code_that_cannot_be_copied_is_no_traceback(
     assert sweep.run(Place()) == driver.FAILED
 
 
+def test_records_that_cannot_be_written_end_no_other_job(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a full disk: here folders are in the way."""
+    a, b, _ = sweep.jobs
+    (b.folder / "config.yaml").mkdir(parents=True)
+    in_the_way = a.folder / "outcome.json" / "x"
+    place = Place({"a": [Run(act=lambda: in_the_way.mkdir(parents=True))]})
+    assert sweep.run(place) == driver.FAILED and place.started == ["a", "c"]
+    said = capsys.readouterr().out
+    assert "a finished" in said and "1 job was not started: " in said and "config.yaml" in said
+
+
 def test_a_folder_that_no_path_of_python_can_name_is_refused(sweep: Sweep) -> None:
     for one in sweep.request.jobs:
         one.config.run = replace(one.config.run, output_dir="a:b")  # type: ignore[misc]
@@ -576,6 +589,20 @@ def test_ctrl_c_asks_the_jobs_to_save(sweep: Sweep, capsys: pytest.CaptureFixtur
     assert sweep.run(again) == 0 and again.started == ["a", "b", "c"]
 
 
+def test_a_second_ctrl_c_ends_them_at_once(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poll(self: Running) -> Ended | None:
+        self.run.act()
+        return CUT if self.stops > 1 else None
+
+    monkeypatch.setattr(Running, "poll", poll)
+    assert sweep.run(Place({"a": [Run(act=interrupting(2))]})) == 75
+    said = capsys.readouterr().out
+    assert "1 job saves and ends; Ctrl-C again" in said and "1 job is ended at once" in said
+    assert said.count("Ctrl-C again") == 1
+
+
 def test_ctrl_c_leaves_jobs_that_outlive_the_sweep_alone(
     sweep: Sweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -605,15 +632,17 @@ def test_a_cancelled_sweep_starts_no_more(sweep: Sweep) -> None:
 
 
 def test_encodings_are_always_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They find by themselves what is encoded, and keep no status."""
+    """They find by themselves what is encoded, keep no status, and are not waited for by the runs
+    that have the same configuration."""
     monkeypatch.chdir(tmp_path)
-    sweep = make_sweep("encode")
+    sweep, training = make_sweep("encode"), make_sweep("train")
     for job in sweep.jobs:
         job.folder.mkdir(parents=True)
         write_outcome(job, BAD)
-    place = Place({name: [Run(DONE, None)] for name in "abc"})
+    place = Place({job.name: [Run(DONE, None)] for job in sweep.jobs})
     assert sweep.run(place) == 0
-    assert place.started == ["a", "b", "c"]
+    assert place.started == ["encode-a", "encode-b", "encode-c"]
+    assert not {job.folder for job in sweep.jobs} & {job.folder for job in training.jobs}
 
 
 def test_the_manifest_says_what_the_sweep_is(sweep: Sweep) -> None:

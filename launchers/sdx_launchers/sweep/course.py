@@ -116,7 +116,8 @@ class Course:
             self.running.remove(handle)
             ended = settle(handle.job, said, self._before.get(handle.job.name))
             if _starter(handle.job) == self._by[handle.job.name]:  # not started anew since
-                write_outcome(handle.job, ended)
+                with suppress(OSError):  # a full disk: the run's own record has it
+                    write_outcome(handle.job, ended)
             self.ended[handle.job.name] = ended
             self.told.ended(handle.job, ended, time.monotonic() - self._since[handle.job.name])
             over.append(handle.job)
@@ -131,16 +132,18 @@ class Course:
     def _start(self, standings: Sequence[Standing]) -> None:
         """Hands jobs over; those that cannot be started have failed."""
         jobs = [one.job for one in standings]
-        for one in standings:
-            write_job(one.job, self.launcher_name)
-            with suppress(OSError):  # the run does so too, if it comes that far
-                forget_stop(one.job.paths)
-            self._by[one.job.name] = one.job.sweep
-            self._before[one.job.name] = one.before
-            self._since[one.job.name] = time.monotonic()
         try:
+            for one in standings:
+                write_job(one.job, self.launcher_name)
+                with suppress(OSError):  # the run does so too, if it comes that far
+                    forget_stop(one.job.paths)
+                self._by[one.job.name] = one.job.sweep
+                self._before[one.job.name] = one.before
+                self._since[one.job.name] = time.monotonic()
             handles = self.launcher.start(jobs, self.max_parallel)
-        except (LaunchError, SnapshotError) as error:
+        except StoreError:
+            raise
+        except (LaunchError, SnapshotError, OSError) as error:  # OSError: a full disk
             self.ended |= {job.name: Ended(Status.failed, str(error)) for job in jobs}
             self.told.refused(jobs, str(error))
             return

@@ -23,6 +23,7 @@ class Progress(Told):
         self._labels = labels
         self._numbers = {name: number for number, name in enumerate(labels, start=1)}
         self._objective = objective
+        self._times_stopped = 0
         self._submits = submits  # its launcher says the ids itself, when they are known
 
     def started(self, handle: Handle) -> None:
@@ -56,12 +57,16 @@ class Progress(Told):
         say(f"sdx: {count} not started: {reason}")
 
     def stopping(self, handles: Sequence[Handle]) -> None:
-        if handles:
-            jobs = (
-                "1 job saves and ends" if len(handles) == 1 else f"{len(handles)} jobs save and end"
-            )
-            them = "it" if len(handles) == 1 else "them"
-            say(f"{jobs}; Ctrl-C again ends {them} at once")
+        self._times_stopped += 1
+        if not handles:
+            return
+        is_one = len(handles) == 1
+        jobs, them = ("1 job", "it") if is_one else (f"{len(handles)} jobs", "them")
+        if self._times_stopped > 1:
+            say(f"{jobs} {'is' if is_one else 'are'} ended at once")
+            return
+        save = "saves and ends" if is_one else "save and end"
+        say(f"{jobs} {save}; Ctrl-C again ends {them} at once")
 
     def _say(self, job: Job, text: str) -> None:
         number = self._numbers[job.name]
