@@ -80,12 +80,14 @@ def _job(command: str, swept: SweptJob, sweep: str) -> Job:
     run = replace(swept.config.run, output_dir=str(place))
     config = replace(swept.config, run=run)
     assert run.name is not None
+    # an encoding is no part of the run that trains from it: each has a record of its own
+    name = run.name if command == "train" else f"{command}-{run.name}"
     return Job(
-        name=run.name,
+        name=name,
         command=command,
         config=config,
         overrides=tuple(swept.overrides),
-        paths=RunPaths(place / run.name),
-        folder=job_folder(config, run.name),
+        paths=RunPaths(place / name),
+        folder=job_folder(config, name),
         sweep=sweep,
     )
