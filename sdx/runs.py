@@ -15,6 +15,7 @@ ACTS = (
     ("--logs", "the end of each job's log; --follow what is added to it"),
     ("--cancel", "end a run, or all jobs of a sweep; they save what they have"),
     ("--sweep-up", "delete TPUs of yours that no launcher uses"),
+    ("--tidy", "delete the copies of code in FOLDER/snapshots, once no job needs them"),
 )
 
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _act(arguments: argparse.Namespace) -> bool:
     """Does the one thing asked for; whether something of it failed."""
     from sdx_launchers.runs import comparison, control  # after --help
+    from sdx_launchers.runs.tidy import tidy
     from sdx_launchers.saying import say
 
     if arguments.compare:
@@ -44,6 +46,9 @@ def _act(arguments: argparse.Namespace) -> bool:
         return False
     if arguments.sweep_up:
         return control.sweep_up(say)
+    if arguments.tidy:
+        say(tidy(arguments.folder.absolute()))
+        return False
     watch = control.Watch(arguments.folder.absolute(), arguments.objective)
     if arguments.logs:
         control.show_logs(watch, partial(print, flush=True), follows=arguments.follow)

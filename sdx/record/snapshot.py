@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import time
@@ -41,6 +42,7 @@ _CHECKOUT = (*UNTRACKED, "constraints", "pyproject.toml", "README.md")  # withou
 _WHEEL = ("sdx", "sdx_launchers", "hydra_plugins/sdx")
 _SOURCE_ROOT = "launchers"  # of a checkout: on the path of Python beside its top
 _MAX_UNTRACKED_BYTES = 64 << 20
+_DIGEST = re.compile(r"[0-9a-f]{16}")
 _DRAFT_LIVES_S = 3600.0
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -83,6 +85,20 @@ def take_snapshot(folder: Path, package: Path = PACKAGE) -> Snapshot:
             f"{folder}: takes no snapshot of the code ({error}); make room there, or use another "
             "run.output_dir."
         ) from error
+
+
+def remove_snapshots(folder: Path) -> list[str]:
+    """Deletes all snapshots below `folder`, and nothing else there; returns their digests. For
+    whoever knows that no job runs one of them, or is about to."""
+    removed: list[str] = []
+    for path in sorted(folder.iterdir()):
+        if _DIGEST.fullmatch(path.name) is None or not (path / SNAPSHOT_RECORD).is_file():
+            continue
+        aside = path.with_name(f".{uuid.uuid4().hex}.tmp")  # nobody takes half of one for it
+        os.rename(path, aside)
+        shutil.rmtree(aside)
+        removed.append(path.name)
+    return removed
 
 
 def pack(snapshot: Snapshot) -> bytes:

@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from sdx.record.status import Status, write_status
 from sdx.record.stop_request import read_stop
 from sdx_launchers import places
 from sdx_launchers.jobs import Ended, Job
-from sdx_launchers.runs import control
+from sdx_launchers.launch_record import write_outcome
+from sdx_launchers.runs import control, tidy
 from sdx_launchers.runs.comparison import compare, render
 from sdx_launchers.runs.control import Watch
 from sdx_launchers.sweep.process import SweepProcess
@@ -143,6 +144,8 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
         (["--compare", "outputs/a", "outputs/half"], "run.json: not readable"),
         (["outputs/sweeps/damaged"], "sweep.json"),
         (["outputs", "--cancel"], "0 sweeps go on there"),
+        (["outputs/sweeps/damaged", "--tidy"], "has no folder snapshots; --tidy takes an outputs"),
+        (["gs://bucket/runs", "--tidy"], "--tidy takes an outputs folder"),
         (["ftp://host/runs"], "must be a local folder or begin with"),
         (["--objective", "loss:best"], "METRIC:min"),
         (["--logs", "--cancel"], "not allowed with"),
@@ -340,7 +343,8 @@ class _Known:
 def scheduler(monkeypatch: pytest.MonkeyPatch) -> type[Scheduler]:
     monkeypatch.setattr(Scheduler, "states", {})
     monkeypatch.setattr(Scheduler, "stopped", [])
-    monkeypatch.setattr(control, "make_launcher", lambda name, settings: Scheduler(settings))
+    for module in (control, tidy):
+        monkeypatch.setattr(module, "make_launcher", lambda name, settings: Scheduler(settings))
     return Scheduler
 
 
@@ -374,6 +378,102 @@ def test_an_end_that_nobody_saw_is_noted(
     first, second = Watch(folder).look().runs
     assert (first.status, second.status) == ("failed", "cancelled"), "one has no record of its run"
     assert second.reason == "by hand" and "record" in str(first.reason)
+
+
+def test_an_end_is_not_noted_of_a_job_that_was_handed_over_again(
+    tmp_path: Path, scheduler: type[Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdx.config.compose import to_yaml
+    from tests.config.quick import quick
+
+    folder = make_lrs(tmp_path, **{"1": {}})
+    job = make_job(tmp_path, "lr1")
+    launched(job, id="1", released=True)
+    (job.folder / "config.yaml").write_text(to_yaml(quick([])))
+    scheduler.states["1"] = Ended(Status.cancelled)
+
+    def poll(self: _Known) -> Ended | None:
+        launched(job, id="2", released=True)
+        return Scheduler.states[self.id]
+
+    monkeypatch.setattr(_Known, "poll", poll)
+    assert [run.status for run in Watch(folder).look().runs] == ["queued"]
+    assert not (job.folder / "outcome.json").exists()
+
+
+@pytest.fixture
+def copies(tmp_path: Path) -> Path:
+    """A folder of one copy of code, and of something else."""
+    folder = tmp_path / "snapshots"
+    for name in ("0123456789abcdef", "mine"):
+        (folder / name / "sdx").mkdir(parents=True)
+        (folder / name / "sdx" / "train.py").touch(mode=0o400)
+        (folder / name / "snapshot.json").touch(mode=0o400)
+    return folder
+
+
+def test_copies_of_code_that_no_job_needs_are_deleted(
+    tmp_path: Path,
+    copies: Path,
+    scheduler: type[Scheduler],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of jobs that have ended; those that failed or were cut off start with a new copy."""
+    with child() as process:
+        owner = owner_of(process.pid)
+    launched(make_job(tmp_path, "died"), "sdx_local", process=asdict(owner))
+    elsewhere = asdict(replace(owner, host="elsewhere"))
+    launched(make_job(tmp_path, "ended-elsewhere"), "sdx_local", process=elsewhere)
+    make_run(tmp_path, "failed", status=Status.failed)
+    launched(make_job(tmp_path, "failed"), id="1", released=True)
+    scheduler.states["1"] = Ended(Status.failed)
+    launched(make_job(tmp_path, "forgotten"), id="2", released=True)
+    launched(ended := make_job(tmp_path, "ended"), id="3", released=True)
+    write_outcome(ended, Ended(Status.interrupted))
+    scheduler.states["3"] = None
+    assert runs.main([str(tmp_path), "--tidy"]) == 0
+    assert capsys.readouterr().out == f"{copies}: 1 copy of code deleted\n"
+    assert os.listdir(copies) == ["mine"]
+    assert runs.main([str(tmp_path), "--tidy"]) == 0
+    assert "0 copies of code deleted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "by", ["a sweep", "a process", "a lock", "a queue", "half a submission", "a damaged record"]
+)
+def test_copies_of_code_stay_while_something_may_need_them(
+    tmp_path: Path,
+    copies: Path,
+    by: str,
+    scheduler: type[Scheduler],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = make_job(tmp_path, "needs-it")
+    held: AbstractContextManager[object] = nullcontext()
+    own = owner_of(os.getpid())
+    match by:
+        case "a sweep":
+            held = SweepProcess(tmp_path / "sweeps" / "needs-it")
+        case "a process":
+            launched(job, "sdx_local", process=asdict(own))
+        case "a lock":
+            launched(job, "sdx_local", process=asdict(replace(own, host="elsewhere")))
+            job.paths.root.mkdir()
+            held = RunLock(job.paths.lock)
+        case "a queue":
+            launched(job, id="1", released=True)
+            scheduler.states["1"] = None
+        case "half a submission":
+            launched(job, id="", released=False)
+        case _:
+            launched(job)
+            (job.folder / "launch.json").write_text("{")
+    with held:
+        assert runs.main([str(tmp_path), "--tidy"]) == 2
+    assert "nothing is deleted, it may be the code of what goes on (needs-it)" in (
+        capsys.readouterr().err
+    )
+    assert len(os.listdir(copies)) == 2
 
 
 def test_strays_are_swept_up(

@@ -24,7 +24,14 @@ from sdx.record.status import Status
 from sdx.record.stop_request import read_stop, request_stop
 from sdx.record.store import AnyPath
 from sdx_launchers.jobs import Ended, Handle, Job, Launcher
-from sdx_launchers.launch_record import CONFIG, SWEEPS, read_job, read_outcome, write_outcome
+from sdx_launchers.launch_record import (
+    CONFIG,
+    SWEEPS,
+    read_job,
+    read_launch,
+    read_outcome,
+    write_outcome,
+)
 from sdx_launchers.places import make_launcher
 from sdx_launchers.runs.facts import RunFacts
 from sdx_launchers.runs.found import Found, NothingFound, find
@@ -97,7 +104,8 @@ class Watch:
             return None
         if handle is not None and ended is not None:
             self._handles[key] = None
-            _note(handle.job, ended)
+            if read_launch(folder) == run.launch:  # else it was handed over once more since
+                _note(handle.job, ended)
         return self._handles[key]
 
     def _launcher(self, run: RunFacts) -> Launcher | None:
