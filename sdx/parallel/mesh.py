@@ -178,9 +178,18 @@ def _check_devices(hardware: HardwareConfig, devices: Sequence[Device]) -> Seque
             + f"\nallowed here: {found.platform} with {len(devices)} x {found.device_kind}."
             + f"\nfix: pick the hardware=... of this machine{_another_name(faults)}; "
             + f"`python -m sdx.plan hardware={hardware.name} ...` says whether it would fit there, "
-            + "and run_on=... starts it there (this version has run_on=local alone)."
+            + "and run_on=... starts it there (docs/slurm.md, docs/tpu.md)."
+            + _unseen(hardware.platform, found.platform)
         )
     return devices
+
+
+def _unseen(wanted: Platform, found: str) -> str:
+    """What to install where JAX sees the CPU alone: without its plugin it does on any machine."""
+    if found != "cpu" or wanted is Platform.cpu:
+        return ""
+    extra = "cuda" if wanted is Platform.gpu else "tpu"
+    return f" If it has that hardware, JAX does not see it; pip install 'sdx[{extra}]'."
 
 
 def _another_name(faults: Sequence[tuple[str, object, object]]) -> str:

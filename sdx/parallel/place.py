@@ -188,8 +188,8 @@ def _lonely(place: Place | None, hardware: HardwareConfig, environment: Environm
         "allowed: the same command on every host, started by srun, on the workers of a TPU, or "
         "with distributed.{coordinator_address,num_processes,process_id}.\n"
         f"fix: `python -m sdx.plan hardware={name} ...` says whether it would fit there, "
-        "hardware.simulate=true rehearses it here, run_on=... starts it there (this version has "
-        f"run_on=local alone).{srun}"
+        "hardware.simulate=true rehearses it here, run_on=... starts it there (docs/slurm.md, "
+        f"docs/tpu.md).{srun}"
     )
 
 

@@ -182,9 +182,16 @@ def test_another_machine_is_an_error_that_says_what_to_do() -> None:
         "hardware.num_devices: found 8, wanted 16",
         "allowed here: cpu with 8 x cpu",
         "python -m sdx.plan hardware=tpu_v4_32",
-        "run_on=",
+        "run_on=... starts it there (docs/slurm.md, docs/tpu.md).",
+        "If it has that hardware, JAX does not see it; pip install 'sdx[tpu]'",
     ):
         assert part in message
+
+
+def test_a_gpu_that_jax_has_no_plugin_for_is_an_error_that_names_it() -> None:
+    hardware = HardwareConfig(name="gpu", platform=Platform.gpu)
+    with pytest.raises(MeshError, match=r"JAX does not see it; pip install 'sdx\[cuda\]'"):
+        make_mesh(MeshConfig(ici=MeshAxes()), hardware)
 
 
 def test_a_chip_under_another_name_can_be_allowed_by_it() -> None:

@@ -108,9 +108,9 @@ def test_hosts_without_processes_are_told_what_to_do() -> None:
     text = str(told.value)
     for part in (
         "hardware.num_hosts=4",
+        "run_on=... starts it there (docs/slurm.md, docs/tpu.md).",
         "sdx.plan hardware=tpu_v4_32",
         "hardware.simulate=true",
-        "run_on=",
         "variables seen: SLURM_JOB_ID, TPU_WORKER_ID",
         "srun --ntasks=4",
     ):
