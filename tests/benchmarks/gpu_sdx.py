@@ -20,8 +20,10 @@ TRACED = 3
 
 
 def events(task: Task) -> Iterator[Event]:
-    """What is known, step by step; the last is where the time went."""
+    """What is known, step by step; the last is where the time went. `absent` where JAX sees no
+    GPU."""
     from sdx.config.compose import compose
+    from sdx.config.schema import Platform
     from sdx.parallel.xla_flags import flags_in_force, set_flags
 
     config = compose(task.overrides)
@@ -37,6 +39,10 @@ def events(task: Task) -> Iterator[Event]:
     _keep_compiled(task.cache)
     claim_devices(config.hardware)
     device = jax.devices()[0]
+    if config.hardware.platform is Platform.gpu and device.platform != "gpu":
+        detail = f"jax {jax.__version__} sees no GPU; for its plugin pip install 'sdx[cuda]'"
+        yield {"status": "absent", "detail": detail}
+        return
     hardware = replace(config.hardware, device_kind=device.device_kind)
     mesh = make_mesh(config.mesh, hardware, jax.devices()[:1])
     program = build(config, mesh, max_steps=1)

@@ -38,10 +38,12 @@ def answer_events(events: Callable[[Task], Iterator[Event]]) -> None:
     def say(event: Event) -> None:
         print(json.dumps(event), file=answers, flush=True)
 
+    status = "done"
     try:
         for event in events(Task(**json.loads(sys.argv[1]))):
+            status = event.get("status", status)
             say(event)
-        say({"status": "done"})
+        say({"status": status})
     except Exception as error:  # a row of the table, whatever it is
         traceback.print_exc()
         text = f"{type(error).__name__}: {error}"

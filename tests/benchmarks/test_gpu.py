@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from sdx.config.check import check
+from sdx.config.compose import compose
 from tests.benchmarks import gpu
 from tests.benchmarks.gpu_task import Event, Task, answer_events
 from tests.benchmarks.trace_shares import parts_of, seconds_by_part
@@ -88,6 +90,39 @@ def test_too_large_a_batch_is_a_row(
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert said[0] == {"compile_s": 1.0}
     assert said[1]["status"] == status and text in said[1]["detail"]
+
+
+@pytest.mark.fast
+def test_what_is_absent_is_not_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def events(task: Task) -> Iterator[Event]:
+        yield {"status": "absent", "detail": "no GPU"}
+
+    task = Task(overrides=[], batch_size=64, windows=1, steps=1, cache="")
+    monkeypatch.setattr(sys, "argv", ["gpu_torch", task.to_json()])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    answer_events(events)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["status"] == "absent"
+
+
+def test_without_a_gpu_a_side_is_asked_once_in_each_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    words = ("--platform", "gpu", "--batches", "2,3", "--sides", "sdx")
+    for told in (1, 2):
+        code, rows = run(tmp_path, *words)
+        assert code == 1 and [row["status"] for row in rows] == ["absent"] * told, rows
+    assert "sees no GPU" in capsys.readouterr().out
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("hardware", ["gpu_24gb_1", "gpu_a100_8", "gpu_h200_8"])
+def test_one_gpu_of_any_preset_is_measured(hardware: str, tmp_path: Path) -> None:
+    _, rows = run(tmp_path, "--platform", "gpu", "--hardware", hardware, "--seconds", "0")
+    config = compose(rows[0]["overrides"])
+    assert config.hardware.num_devices == 1 and check(config) == []
 
 
 @pytest.mark.fast
