@@ -548,6 +548,16 @@ def test_records_that_cannot_be_written_end_no_other_job(
     assert "a finished" in said and "1 job was not started: " in said and "config.yaml" in said
 
 
+def test_a_turn_that_cannot_be_had_is_no_traceback(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = sweep.jobs[0].folder.parent / ".lock.json"
+    place = Place({"a": [Run(act=lambda: lock.mkdir())]})
+    assert sweep.run(place) == driver.FAILED and place.started == ["a"]
+    said = capsys.readouterr().out
+    assert "a finished" in said and said.count("1 job was not started: ") == 2
+
+
 def test_a_folder_that_no_path_of_python_can_name_is_refused(sweep: Sweep) -> None:
     for one in sweep.request.jobs:
         one.config.run = replace(one.config.run, output_dir="a:b")  # type: ignore[misc]

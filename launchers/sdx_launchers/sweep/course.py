@@ -70,14 +70,20 @@ class Course:
             StoreError: a store does not say how they stand; none was started.
         """
         attach = attach_by(self.launcher_name, self.launcher)
-        with turn(jobs[0].folder.parent):
-            standings = look(jobs, attach)
-            to_start = [one for one in standings if one.is_to_start(retry_failed)]
-            for job in jobs:
-                self.ended.pop(job.name, None)
-                self._attached.discard(job.name)
-            if to_start:
-                self._start(to_start)
+        try:
+            with turn(jobs[0].folder.parent):
+                standings = look(jobs, attach)
+                to_start = [one for one in standings if one.is_to_start(retry_failed)]
+                for job in jobs:
+                    self.ended.pop(job.name, None)
+                    self._attached.discard(job.name)
+                if to_start:
+                    self._start(to_start)
+        except StoreError:
+            raise
+        except OSError as error:  # a full disk
+            self._refuse(jobs, error)
+            return []
         over: list[Job] = []
         for one in standings:
             if one.handle is not None:
@@ -132,24 +138,25 @@ class Course:
     def _start(self, standings: Sequence[Standing]) -> None:
         """Hands jobs over; those that cannot be started have failed."""
         jobs = [one.job for one in standings]
+        for one in standings:
+            write_job(one.job, self.launcher_name)
+            with suppress(OSError):  # the run does so too, if it comes that far
+                forget_stop(one.job.paths)
+            self._by[one.job.name] = one.job.sweep
+            self._before[one.job.name] = one.before
+            self._since[one.job.name] = time.monotonic()
         try:
-            for one in standings:
-                write_job(one.job, self.launcher_name)
-                with suppress(OSError):  # the run does so too, if it comes that far
-                    forget_stop(one.job.paths)
-                self._by[one.job.name] = one.job.sweep
-                self._before[one.job.name] = one.before
-                self._since[one.job.name] = time.monotonic()
             handles = self.launcher.start(jobs, self.max_parallel)
-        except StoreError:
-            raise
-        except (LaunchError, SnapshotError, OSError) as error:  # OSError: a full disk
-            self.ended |= {job.name: Ended(Status.failed, str(error)) for job in jobs}
-            self.told.refused(jobs, str(error))
+        except (LaunchError, SnapshotError) as error:
+            self._refuse(jobs, error)
             return
         for handle in handles:
             self.running.append(handle)
             self.told.started(handle)
+
+    def _refuse(self, jobs: Sequence[Job], error: Exception) -> None:
+        self.ended |= {job.name: Ended(Status.failed, str(error)) for job in jobs}
+        self.told.refused(jobs, str(error))
 
 
 def run(
