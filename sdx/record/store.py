@@ -6,6 +6,7 @@ the first URL; endpoint, region and credentials are s3fs's and gcsfs's affair, t
 environment (AWS_ENDPOINT_URL, AWS_PROFILE, …), never of a configuration.
 """
 
+import logging
 import os
 import shutil
 import time
@@ -333,6 +334,8 @@ def _file_system(scheme: str, pid: int) -> Any:
     try:
         import fsspec  # with what it finds, 0.3 s: only runs in a store pay it
 
+        # gcsfs logs a traceback of each request that it gives up; our error says as much
+        logging.getLogger(PACKAGES[scheme]).setLevel(logging.CRITICAL)
         return fsspec.filesystem(scheme, use_listings_cache=False, **_OPTIONS[scheme])
     except ImportError as error:
         raise StoreError(

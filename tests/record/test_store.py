@@ -175,6 +175,23 @@ except store.StoreError as error:
     assert "needs the package s3fs" in done.stdout and "pip install 'sdx[s3]'" in done.stdout
 
 
+@pytest.mark.fast
+def test_a_store_in_trouble_is_told_of_by_us_alone() -> None:
+    """gcsfs logs a traceback of each request it gives up, to standard error unless told where."""
+    script = """
+import logging, sys
+from sdx.record import store
+sys.modules["gcsfs"] = None  # it would look for credentials
+try:
+    store.as_path("gs://bucket/x").exists()
+except store.StoreError:
+    logging.getLogger("gcsfs").error("out of retries")
+    print("refused")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "refused\n" and not done.stderr, done.stderr
+
+
 class _Flaky(BaseHTTPRequestHandler):
     """Passes requests on to a store; the first `busy` of them are answered with 503."""
 
