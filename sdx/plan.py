@@ -1,5 +1,6 @@
 """python -m sdx.plan: what a configuration needs on its hardware, without that hardware."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -37,14 +38,24 @@ def plan(config: Config, _: list[str], keys: PlanKeys) -> int:
     except CompilationFailed as error:
         print(f"sdx: {error}", file=sys.stderr)
         return FAILED
-    print(to_json(found) if keys.report is Report.json else render(found))
+    _show(to_json(found) if keys.report is Report.json else render(found))
     return DOES_NOT_FIT if found.fits == "no" else FITS
+
+
+def _show(text: str) -> None:
+    """Prints it; where nobody reads any more (`| head`), the exit code still tells."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse_rehearsal(config: Config) -> None:
     if config.hardware.simulate:
         rule = "sdx.plan is about the hardware itself, which sdx.train rehearses with it"
-        raise ConfigError([Problem("hardware.simulate", "true", rule, "leave it out")])
+        raise ConfigError(
+            [Problem("hardware.simulate", "true", rule, "use hardware.simulate=false")]
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command that plans: real targets from this machine, exit codes, start-up."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -80,6 +81,21 @@ def test_jax_is_not_imported_before_it_is_needed(repository: Path) -> None:
 @pytest.mark.fast
 def test_nothing_is_rehearsed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["hardware=tpu_v4_8", "hardware.simulate=true"]) == 2
-    assert (
-        "hardware.simulate=true: sdx.plan is about the hardware itself" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "hardware.simulate=true: sdx.plan is about the hardware itself" in told
+    assert "use hardware.simulate=false" in told, "--from of a rehearsal brings it untyped"
+
+
+def test_the_exit_code_tells_though_nobody_reads(repository: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    typed = ("hardware=tpu_v5e_8", "mesh=dp", "hardware.hbm_gib=0.3")
+    done = subprocess.run(
+        [sys.executable, "-m", "sdx.plan", *typed],
+        cwd=repository,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (3, "")
