@@ -613,6 +613,22 @@ def test_a_second_ctrl_c_ends_them_at_once(
     assert said.count("Ctrl-C again") == 1
 
 
+def test_ctrl_c_does_not_touch_the_job_of_another_sweep(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    b = sweep.jobs[1]
+    place = Place({"a": [Run(looks=1000, act=interrupting(1))]}, parallel=2)
+    write_job(replace(b, sweep="other"), NAME)
+    write_launch(b, NAME, "17")
+    place.there["b"] = Running(b, Run(looks=1000))
+    assert sweep.run(place) == 75
+    assert place.handles[0].stops == 1 and place.there["b"].stops == 0
+    assert read_outcome(b.folder) is None, "it has not ended"
+    said = capsys.readouterr().out
+    assert "[2/3] b goes on elsewhere, without this sweep" in said
+    assert "1 job saves and ends" in said
+
+
 def test_ctrl_c_leaves_jobs_that_outlive_the_sweep_alone(
     sweep: Sweep, capsys: pytest.CaptureFixture[str]
 ) -> None:

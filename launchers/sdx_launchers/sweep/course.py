@@ -14,7 +14,7 @@ from sdx.record.store import StoreError
 from sdx_launchers.jobs import Ended, Handle, Job, Launcher, LaunchError
 from sdx_launchers.launch_record import read_job, write_job, write_outcome
 from sdx_launchers.places import attach_by
-from sdx_launchers.sweep.standing import Standing, look, settle
+from sdx_launchers.sweep.standing import ELSEWHERE, Standing, look, settle
 from sdx_launchers.sweep.stop_signals import StopSignals
 from sdx_launchers.sweep.turn import turn
 
@@ -40,6 +40,9 @@ class Told:
     def refused(self, jobs: Sequence[Job], reason: str) -> None:
         """Jobs could not be started."""
 
+    def leaving(self, handle: Handle) -> None:
+        """A job of somebody else is waited for no longer; it goes on."""
+
     def stopping(self, handles: Sequence[Handle]) -> None:
         """Running jobs are asked to stop."""
 
@@ -58,6 +61,7 @@ class Course:
     running: list[Handle] = field(default_factory=list)
     ended: dict[str, Ended] = field(default_factory=dict)
     _attached: set[str] = field(default_factory=set)
+    _leaving: set[str] = field(default_factory=set)
     _by: dict[str, str | None] = field(default_factory=dict)  # the sweeps that started them
     _before: dict[str, RunStatus | None] = field(default_factory=dict)
     _since: dict[str, float] = field(default_factory=dict)
@@ -111,6 +115,11 @@ class Course:
         """The jobs that have ended since the last look."""
         over: list[Job] = []
         for handle in [*self.running]:
+            if handle.job.name in self._leaving:
+                self.running.remove(handle)
+                self.ended[handle.job.name] = Ended(Status.interrupted, "it goes on elsewhere")
+                over.append(handle.job)
+                continue
             try:
                 said = handle.poll()
             except StoreError as error:
@@ -130,9 +139,18 @@ class Course:
         return over
 
     def stop(self) -> None:
-        """Asks all that run to save and end; asked again, ends them."""
-        self.told.stopping(self.running)
+        """Asks all that run to save and end; asked again, ends them. What another sweep or a person
+        has started is left to go on."""
+        own: list[Handle] = []
         for handle in self.running:
+            name = handle.job.name
+            if handle.id != ELSEWHERE and self._by[name] in (None, handle.job.sweep):
+                own.append(handle)
+            elif name not in self._leaving:
+                self._leaving.add(name)
+                self.told.leaving(handle)
+        self.told.stopping(own)
+        for handle in own:
             handle.stop()
 
     def _start(self, standings: Sequence[Standing]) -> None:

@@ -56,6 +56,9 @@ class Progress(Told):
         count = "1 job was" if len(jobs) == 1 else f"{len(jobs)} jobs were"
         say(f"sdx: {count} not started: {reason}")
 
+    def leaving(self, handle: Handle) -> None:
+        self._say(handle.job, "goes on elsewhere, without this sweep")
+
     def stopping(self, handles: Sequence[Handle]) -> None:
         self._times_stopped += 1
         if not handles:
