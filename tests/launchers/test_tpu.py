@@ -460,6 +460,9 @@ class HungUp:
     def flush(self) -> None:
         raise OSError(5, "Input/output error")
 
+    def fileno(self) -> int:
+        raise OSError("it has no file that could be sent elsewhere")
+
 
 def test_tpus_are_deleted_though_nobody_reads_what_is_said(
     server: TpuServer, endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
