@@ -194,15 +194,14 @@ def _compiled(plan: Plan) -> Iterator[Row]:
     if compiled is None:
         return
     versions = ", ".join(f"{name} {version}" for name, version in compiled.versions.items())
-    bound = ", an upper bound of what it takes at default" if compiled.level == "O0" else ""
-    yield "compiled", f"at {compiled.level}{bound}; {versions}"
-    yield (
-        "",
-        (
-            f"lowered in {compiled.lower_s:.0f} s, compiled in {compiled.compile_s:.0f} s with "
-            f"{size(compiled.host_peak_bytes)} of this machine"
-        ),
-    )
+    lower_s = f"{compiled.lower_s:.0f} s"
+    if compiled.is_compiled:
+        bound = ", an upper bound of what it takes at default" if compiled.level == "O0" else ""
+        peak = f"{size(compiled.host_peak_bytes)} of this machine"
+        yield "compiled", f"at {compiled.level}{bound}; {versions}"
+        yield "", f"lowered in {lower_s}, compiled in {compiled.compile_s:.0f} s with {peak}"
+    else:
+        yield "lowered", f"in {lower_s}, not compiled; {versions}"
     for name, program in compiled.programs.items():
         yield f"  {name}", _program(program)
         for kind, one in sorted(program.collectives.items(), key=lambda row: -row[1].bytes):

@@ -158,6 +158,16 @@ def test_the_table_of_what_was_compiled(plan: Plan) -> None:
     assert "does not fit: needs 1,024.00 GiB of 16.00 GiB" in large and "which differ" in large
 
 
+def test_what_was_lowered_alone_is_not_called_compiled(plan: Plan) -> None:
+    lowered = CompiledProgram(None, None, flops=None, collectives={}, compile_s=None)
+    answer = replace(
+        compiled(SMALL), programs={"encode": lowered, "step": lowered}, is_compiled=False
+    )
+    text = render(replace(plan, compiled=answer))
+    assert "  lowered       in 2 s, not compiled; jax 1.2.3" in text and "a note" in text
+    assert "upper bound" not in text and "compiled in" not in text
+
+
 def test_advice_is_shown_before_the_verdict(plan: Plan) -> None:
     small = estimate(quick([*TYPED, "hardware.hbm_gib=0.01"]))
     refused = replace(plan, estimate=small, smallest_bytes=2**30)
