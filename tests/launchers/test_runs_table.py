@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sdx.record.files import write_json
+from sdx.record.files import read_json, write_json
 from sdx.record.lock import RunLock
 from sdx.record.owner import this_process
 from sdx.record.status import Status
@@ -140,6 +140,20 @@ def test_an_outputs_folder_shows_jobs_that_wait_as_well(tmp_path: Path) -> None:
     elsewhere.folder.rename(tmp_path / "launches" / "of-another-folder")
     assert [run.name for run in table_of(tmp_path).runs] == ["b-run", "a-job"]
     assert [run.name for run in table_of(tmp_path / "b-run").runs] == ["b-run"]
+
+
+def test_an_encoding_has_no_steps_and_no_metrics(tmp_path: Path) -> None:
+    make_sweep(tmp_path, {"a": []})
+    folder = tmp_path / "sweeps" / "lrs"
+    manifest = read_json(folder / "sweep.json")
+    write_json(folder / "sweep.json", {**(manifest or {}), "command": "encode"})
+    job = make_job(tmp_path, "a")
+    launched(job)
+    (job.folder / "config.yaml").write_text("train: {max_steps: 900}\n")
+    write_outcome(job, Ended(Status.finished))
+    table = tabulate(find(folder))
+    assert [(run.status, run.max_steps) for run in table.runs] == [("finished", None)]
+    assert table.judged_by == "Encodings have no metrics."
 
 
 def test_a_metric_that_nobody_has_is_said_to_be_missing(

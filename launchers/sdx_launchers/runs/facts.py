@@ -168,7 +168,7 @@ def _read_record(facts: RunFacts) -> None:
         facts.created = str(record.get("created") or "")
     elif run.launch is not None and (run.launch / CONFIG).is_file():
         facts.config = flat(yaml.load(_text(run.launch / CONFIG), _LOADER) or {})
-    steps = facts.config.get("train.max_steps")
+    steps = facts.config.get("train.max_steps") if run.command == "train" else None
     facts.max_steps = steps if isinstance(steps, int) else None
 
 

@@ -66,6 +66,8 @@ class RunsTable:
     @property
     def judged_by(self) -> str:
         """One line for people."""
+        if {run.found.command for run in self.runs} == {"encode"}:
+            return "Encodings have no metrics."
         if not any(run.column(self.objective.metric) for run in self.runs):
             return f"No run has a value of {self.asked.metric} yet."
         if self.objective != self.asked:
