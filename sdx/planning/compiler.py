@@ -33,7 +33,7 @@ from sdx.training.program import BatchError, build
 
 REFUSALS = (BatchError, CompilerMissing, MeshError, TopologyError)
 NAMES = ("encode", "step")
-# XLA's scale of effort (jax/_src/config.py, EffortLevel). Given as an option of one compilation it
+# XLA's scale of effort (openxla.org/xla/effort_levels). Given as an option of one compilation it
 # does not outlast it, which JAX's setting jax_optimization_level does.
 LEVELS: dict[str, Any] = {"default": 0, "O0": 9, "O1": 19, "O2": 29, "O3": 39}
 
