@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sdx.data.cache.records import read_index
 from sdx.record.metrics import read_metrics
 from sdx.record.paths import RunPaths
 from sdx.record.status import Status, read_status
@@ -25,8 +26,9 @@ from tests.processes import Processes, free_port
 
 DEADLINE_S = 900.0
 CANARY = "hf_" + "canary" * 6
+COMPILES = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # in a third of the time
 VARIABLES = {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in a third of the time
+    **COMPILES,
     "HF_TOKEN": CANARY,
     "SDX_TEST_SLOW": "0.3",  # to be caught at work
 }
@@ -46,12 +48,17 @@ class Cloud:
 
     @contextmanager
     def typed(
-        self, output_dir: str, *names: str, variables: Mapping[str, str] = VARIABLES
+        self,
+        output_dir: str,
+        *names: str,
+        command: str = "train",
+        variables: Mapping[str, str] = VARIABLES,
     ) -> Iterator[Processes]:
         """The sweep of one job, running; killed on leaving where it has not ended. Its processes
         have `variables`, and those of this process with such `names`."""
         arguments = [
             "run_on=tpu_v4_32", "hardware.simulate=true", *ONE_JOB,
+            f"data.cache_dir={self.folder / 'mount' / 'cache'}",
             "hardware.num_devices=4", "hardware.num_hosts=4", f"run.output_dir={output_dir}",
             f"distributed.coordinator_address=127.0.0.1:{free_port()}",
             "hydra.launcher.project=a-project", "hydra.launcher.zone=us-central2-b",
@@ -62,7 +69,7 @@ class Cloud:
             *ssh_overrides(self.workers),
         ]  # fmt: skip
         own = {**variables, "XDG_STATE_HOME": str(self.folder / "state")}
-        process = self.tree.start("train", *arguments, where=self.folder, environment=own)
+        process = self.tree.start(command, *arguments, where=self.folder, environment=own)
         processes = Processes([process])
         try:
             yield processes
@@ -73,10 +80,7 @@ class Cloud:
     def alone(self) -> list[float]:
         """Losses of the same training in one process of this machine."""
         place = f"run.output_dir={self.folder / 'alone'}"
-        variables = {"XLA_FLAGS": VARIABLES["XLA_FLAGS"]}
-        started = self.tree.start(
-            "train", *ONE_JOB, place, where=self.folder, environment=variables
-        )
+        started = self.tree.start("train", *ONE_JOB, place, where=self.folder, environment=COMPILES)
         ended = Processes([started]).end(DEADLINE_S)
         assert ended.codes == [0], str(ended)
         return losses(self.folder / "alone" / "r")
@@ -183,4 +187,17 @@ def test_a_worker_that_fails_ends_the_job_and_is_named(cloud: Cloud) -> None:
     assert ended.codes == [1], said
     assert "process 2" in said and "ArithmeticError: a fault planted in rank 2" in said, said
     assert cloud.status is Status.failed
+    assert cloud.server.names() == [] and cloud.is_quiet()
+
+
+def test_an_encoding_is_shared_by_the_workers(cloud: Cloud) -> None:
+    place = str(cloud.folder / "mount" / "runs")
+    with cloud.typed(place, command="encode", variables=COMPILES) as sweep:
+        ended = sweep.end(DEADLINE_S)
+    said = str(ended)
+    assert ended.codes == [0] and "complete and verified" in said, said
+    assert "encoding 12 of 40 images" in said, "the others encode the rest"
+    [folder] = (cloud.folder / "mount" / "cache").iterdir()
+    index = read_index(folder)
+    assert index is not None and sum(shard.records for shard in index.shards) == 40
     assert cloud.server.names() == [] and cloud.is_quiet()
