@@ -22,7 +22,7 @@ ACTS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 1 where a followed run failed or a store did; 2 for what is no run or sweep."""
     reach_launchers()
-    arguments = _parser().parse_args(argv)
+    arguments = _arguments(argv)
     try:
         return FAILED if _act(arguments) else DONE
     except BrokenPipeError:  # of what is only shown, `| head` has seen enough
@@ -71,6 +71,15 @@ def _unheard() -> int:
 
     mute(sys.stdout)
     return DONE
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    others = arguments.cancel or arguments.sweep_up or arguments.tidy or arguments.compare
+    if arguments.follow and others:
+        parser.error("argument --follow: stands alone or with --logs; type a second command")
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -90,6 +90,15 @@ def test_a_summary_without_any_run(tmp_path: Path) -> None:
     assert "curves.png" not in (folder / "summary.md").read_text()
 
 
+@pytest.mark.parametrize("act", [["--cancel"], ["--sweep-up"], ["--tidy"], ["--compare", "a", "b"]])
+def test_what_cannot_be_followed_is_refused(
+    act: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        runs.main([*act, "--follow"])
+    assert "--follow: stands alone or with --logs" in capsys.readouterr().err
+
+
 def test_curves_show_a_run_with_a_single_value(tmp_path: Path) -> None:
     from sdx_launchers.runs.curves import draw_curves
 
