@@ -99,6 +99,17 @@ def test_what_cannot_be_followed_is_refused(
     assert "--follow: stands alone or with --logs" in capsys.readouterr().err
 
 
+def test_an_outputs_folder_goes_on_between_two_jobs_of_a_sweep(tmp_path: Path) -> None:
+    """Its next job is not on record yet."""
+    folder = make_lrs(tmp_path, **{"1": {"losses": [0.5]}, "2": {}})
+    watch = Watch(tmp_path)
+    watch.look()
+    assert not watch.goes_on
+    with SweepProcess(folder):
+        assert watch.goes_on
+    assert not watch.goes_on
+
+
 def test_curves_show_a_run_with_a_single_value(tmp_path: Path) -> None:
     from sdx_launchers.runs.curves import draw_curves
 

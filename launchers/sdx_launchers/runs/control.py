@@ -78,7 +78,10 @@ class Watch:
         """Whether something runs or waits, as of the last look."""
         if any(run.goes_on for run in self._runs):
             return True
-        return self.sweep_folder is not None and is_running(self.sweep_folder)
+        if self.sweep_folder is not None:
+            return is_running(self.sweep_folder)
+        place = self.found.place  # of outputs: a sweep that is between two jobs
+        return isinstance(place, Path) and any(map(is_running, (place / SWEEPS).glob("*")))
 
     @property
     def sweep_folder(self) -> Path | None:
