@@ -1,15 +1,20 @@
 """Runs of the real command in processes of their own, on a UNet small enough to kill often."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
+
+from sdx.train import main as train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MICRO = [
@@ -64,6 +69,14 @@ class Command:
         process = self.start(*overrides, command=command)
         output, _ = process.communicate(timeout=600)
         return process.returncode, output
+
+    def run_here(self, *overrides: str) -> tuple[int, str]:
+        """As `run`, in this process, which has imported all it takes: for what trains nothing."""
+        jax.devices()  # the eight of the tests, before a start asks for one
+        said = io.StringIO()
+        with chdir(self.folder), redirect_stdout(said), redirect_stderr(said):
+            code = train([*MICRO, *overrides])
+        return code, said.getvalue()
 
     def path(self, *parts: str) -> Path:
         return self.folder.joinpath("outputs", *parts)

@@ -72,7 +72,7 @@ def test_damaged_files_refuse_the_start(command: Command, repository: Path) -> N
     shutil.copytree(repository / "sdx" / "assets" / "tiny", command.folder / "model")
     weights = command.folder / "model" / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    code, output = command.run("model.pretrained=model", "train.max_steps=1")
+    code, output = command.run_here("model.pretrained=model", "train.max_steps=1")
     assert code == 2, output
     assert f"{weights.relative_to(command.folder)}: damaged or cut short" in output
     assert "Traceback" not in output

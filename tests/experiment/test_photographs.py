@@ -39,7 +39,7 @@ def test_photographs_train_and_draw(command: Command) -> None:
     (command.folder / "photographs" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (command.folder / "photographs" / "cut.txt").write_text("half a file\n")
 
-    code, output = command.run(*RUN)
+    code, output = command.run_here(*RUN)
     assert code == 2 and "data.max_bad_fraction" in output, output
     assert not command.path("run").exists()
 
@@ -63,12 +63,12 @@ def test_changed_photographs_are_not_mixed_into_a_run(command: Command) -> None:
     assert command.run(*RUN, "sample.every=null")[0] == 0
     for path in (command.folder / "photographs").glob("c*"):
         path.unlink()
-    code, output = command.run(*RUN, "train.max_steps=6")
+    code, output = command.run_here(*RUN, "train.max_steps=6")
     assert code == 2 and "content of data" in output, output
 
 
 def test_missing_folder_is_refused(command: Command) -> None:
-    code, output = command.run(*RUN)
+    code, output = command.run_here(*RUN)
     assert code == 2 and "Traceback" not in output
     assert "data.dir=photographs" in output
     assert not command.path().exists()

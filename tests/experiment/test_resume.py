@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -89,6 +90,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return command.path("run")
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The short run, of which every test has a copy."""
+    command = Command(tmp_path_factory.mktemp("finished"))
+    code, output = command.run(*SHORT)
+    assert code == 0, output
+    return command.path("run")
+
+
+@pytest.fixture
+def short(finished: Path, command: Command) -> Path:
+    """A copy of the short run, where the command of this test finds it."""
+    shutil.copytree(finished, command.path("run"))
+    return command.path("run")
+
+
 def test_kills_at_random_times_change_nothing(whole: Path, command: Command, rows: Rows) -> None:
     draw = random.Random(11)
     run = command.path("run")
@@ -166,37 +183,35 @@ def test_damaged_checkpoint_falls_back_and_ends_the_same(
     assert_same_run(whole, run, rows)
 
 
-def test_nothing_valid_left_refuses_to_start_anew(command: Command) -> None:
-    assert command.run(*SHORT)[0] == 0
-    for manifest in command.path("run").glob("checkpoints/*/manifest.json"):
+def test_nothing_valid_left_refuses_to_start_anew(command: Command, short: Path) -> None:
+    for manifest in short.glob("checkpoints/*/manifest.json"):
         manifest.write_text("{}")
     code, output = command.run(*SHORT, "train.max_steps=6")
     assert code == 1
     assert "no valid checkpoint left" in output
     assert "Traceback" not in output
-    assert status(command.path("run"))["status"] == "failed"
+    assert status(short)["status"] == "failed"
 
 
-def test_starting_again(command: Command, rows: Rows) -> None:
+def test_starting_again(command: Command, short: Path, rows: Rows) -> None:
     """Finished says so; more steps go on; changed keys are refused, told or free; policies hold."""
-    assert command.run(*SHORT)[0] == 0
-    run = command.path("run")
+    run = short
 
-    code, output = command.run(*SHORT)
+    code, output = command.run_here(*SHORT)
     assert (code, "is finished" in output) == (0, True)
     code, output = command.run(*SHORT, "train.max_steps=6")
     assert code == 0 and "continuing from step 4" in output
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
 
-    code, output = command.run(*SHORT, "train.max_steps=8", "run.seed=5")
+    code, output = command.run_here(*SHORT, "train.max_steps=8", "run.seed=5")
     assert code == 2 and "run.seed" in output and "0 there, 5 here" in output
     assert status(run)["status"] == "finished"
     code, output = command.run(*SHORT, "train.max_steps=8", "optimizer.lr=2e-5", "metrics.every=2")
     assert code == 0 and "changed since the last start: optimizer.lr" in output
 
-    code, output = command.run(*SHORT, "run.resume=never")
+    code, output = command.run_here(*SHORT, "run.resume=never")
     assert code == 2 and "run.resume=never" in output
-    code, output = command.run("train.max_steps=4", "run.name=other", "run.resume=must")
+    code, output = command.run_here("train.max_steps=4", "run.name=other", "run.resume=must")
     assert code == 2 and "run.resume=must" in output
     assert not command.path("other").exists()
 
@@ -206,11 +221,11 @@ def test_starting_again(command: Command, rows: Rows) -> None:
     assert json.loads((fork / "run.json").read_text())["parent"] == f"{run}@6"
     assert [row["step"] for row in rows(fork)] == [7, 8]
     assert (fork / "checkpoints" / "6" / "manifest.json").is_file()
-    code, output = command.run("train.max_steps=8", f"run.resume_from={run}@7")
+    code, output = command.run_here("train.max_steps=8", f"run.resume_from={run}@7")
     assert code == 2 and "run.resume_from" in output and "it has the steps" in output
     changes = ("train.ema=false", "train.text_encoder=true", "model.weights_dtype=bfloat16")
     for change in (*changes, "optimizer.kind=lion"):
-        code, output = command.run("train.max_steps=8", f"run.resume_from={run}", change)
+        code, output = command.run_here("train.max_steps=8", f"run.resume_from={run}", change)
         assert code == 2 and "its state has other parts: " + change.split("=")[0] in output, output
     assert len(list(command.path().iterdir())) == 2
 
@@ -218,7 +233,7 @@ def test_starting_again(command: Command, rows: Rows) -> None:
 def test_second_process_is_refused_while_the_first_lives(command: Command) -> None:
     first = command.start(*RUN, slow_after=2, step_s=20)
     wait_for_step(first, command.path("run"), 1)
-    code, output = command.run(*RUN)
+    code, output = command.run_here(*RUN)
     first.kill()
     first.communicate(timeout=600)
     assert code == 2, output
@@ -226,11 +241,10 @@ def test_second_process_is_refused_while_the_first_lives(command: Command) -> No
     assert status(command.path("run"))["status"] == "running"
 
 
-def test_updates_that_are_not_finite_stop_the_run(command: Command) -> None:
-    assert command.run(*SHORT)[0] == 0
+def test_updates_that_are_not_finite_stop_the_run(command: Command, short: Path) -> None:
     broken = ["optimizer.lr=1e38", "optimizer.max_grad_norm=null", "train.max_bad_steps=3"]
     code, output = command.run(*SHORT, *broken, "train.max_steps=40", "checkpoint.every=0")
     assert code == 1, output
     assert "train.max_bad_steps=3" in output and "Traceback" not in output
-    assert status(command.path("run"))["status"] == "failed"
-    assert (command.path("run") / "checkpoints" / "4" / "manifest.json").is_file()
+    assert status(short)["status"] == "failed"
+    assert (short / "checkpoints" / "4" / "manifest.json").is_file()
