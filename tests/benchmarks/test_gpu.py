@@ -19,7 +19,7 @@ from tests.benchmarks import gpu
 from tests.benchmarks.gpu_task import Event, Task, answer_events
 from tests.benchmarks.trace_shares import parts_of, seconds_by_part
 
-QUICK = "--model tiny --platform cpu --windows 1 --steps 1 --seconds 300".split()
+QUICK = "--model tiny --platform cpu --windows 1 --steps 1 --seconds 3000".split()
 X = jnp.full((256, 256), 1e-3)
 SMALLER = ("model.unet.layers_per_block=1", "data.num_examples=64")
 
