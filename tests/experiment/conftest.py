@@ -18,9 +18,9 @@ from sdx.train import main as train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MICRO = [
-    "model.unet.block_out_channels=[16,32]",
-    "model.unet.down_block_types=[CrossAttnDownBlock2D,DownBlock2D]",
-    "model.unet.attention_head_dim=[1,2]",
+    "model.unet.block_out_channels=[16]",
+    "model.unet.down_block_types=[CrossAttnDownBlock2D]",
+    "model.unet.attention_head_dim=[2]",
     "model.unet.layers_per_block=1",
     "model.unet.norm_num_groups=4",
     "train.per_device_batch_size=4",

@@ -33,6 +33,13 @@ SHORT = [
     "checkpoint.every=2",
     "run.name=run",
 ]
+# Compiled for longer than the model of the other tests.
+LARGER = [
+    "model.unet.block_out_channels=[16,32]",
+    "model.unet.down_block_types=[CrossAttnDownBlock2D,DownBlock2D]",
+    "model.unet.attention_head_dim=[1,2]",
+    "model.unet.layers_per_block=2",
+]
 Rows = Callable[[Path], list[dict[str, Any]]]
 
 
@@ -115,7 +122,7 @@ def test_kills_at_random_times_change_nothing(whole: Path, command: Command, row
         if kills < 4:
             before = rows(run)[-1]["step"] if (run / "metrics.jsonl").exists() else 0
             wait_for_step(process, run, min(before + draw.randrange(3, 9), STEPS - 1))
-            time.sleep(draw.random() * 0.3)
+            time.sleep(draw.random() * 0.2)
             process.kill()
             kills += 1
         output, _ = process.communicate(timeout=600)
@@ -149,7 +156,7 @@ def test_signal_saves_and_the_same_command_goes_on(
 
 
 def test_signal_during_compilation_ends_at_once(command: Command) -> None:
-    process = command.start(*RUN, "run.compilation_cache_dir=null", "model.unet.layers_per_block=2")
+    process = command.start(*RUN, *LARGER, "run.compilation_cache_dir=null")
     assert process.stdout is not None
     assert "steps of 4" in process.stdout.readline()
     time.sleep(4)

@@ -43,9 +43,6 @@ STEPS = 9
 RUN = [
     *MICRO,
     f"train.max_steps={STEPS}",
-    "model.unet.block_out_channels=[16]",
-    "model.unet.down_block_types=[CrossAttnDownBlock2D]",
-    "model.unet.attention_head_dim=[2]",
     "checkpoint.every=3",
     "checkpoint.keep=2",
     "sample.every=null",
