@@ -1,5 +1,6 @@
 """The validation loss is a number of the weights and the examples, whatever measures it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from sdx.training.evaluation import (
 )
 from sdx.training.program import Program
 from tests.micro import RESOLUTION, micro_config
+from tests.training.test_meshes import few_optimizations
 from tests.training.test_program import BATCH, frozen, make, random_networks
 
 LENGTH, BAD, BUCKETS = 21, 5, 4  # two batches of 8 and a part of a third
@@ -91,6 +93,13 @@ def weights(program: Program) -> Any:
 def said(loss: ValidationLoss | None) -> ValidationLoss:
     assert loss is not None
     return loss
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled() -> Iterator[None]:
+    """Compiling is the cost of these tests, and this is the same mathematics unoptimised."""
+    with few_optimizations():
+        yield
 
 
 @pytest.fixture(scope="module")
