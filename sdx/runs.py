@@ -79,6 +79,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     others = arguments.cancel or arguments.sweep_up or arguments.tidy or arguments.compare
     if arguments.follow and others:
         parser.error("argument --follow: stands alone or with --logs; type a second command")
+    if arguments.folder is not None and (arguments.sweep_up or arguments.compare):
+        parser.error("argument FOLDER: --sweep-up and --compare A B take none")
+    arguments.folder = arguments.folder or parse_path("outputs")
     return arguments
 
 
@@ -86,9 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     from sdx_launchers.sweep.objective import objective_argument
 
     parser = argparse.ArgumentParser(prog="python -m sdx.runs", description=__doc__)
-    parser.add_argument(
-        "folder", nargs="?", type=parse_path, default="outputs", metavar="FOLDER", help=FOLDER
-    )
+    parser.add_argument("folder", nargs="?", type=parse_path, metavar="FOLDER", help=FOLDER)
     parser.add_argument("--follow", action="store_true", help="show it until all has ended")
     judged = "what runs are judged by (the sweep's own, else validation_loss:min)"
     parser.add_argument("--objective", type=objective_argument, metavar="METRIC", help=judged)

@@ -22,7 +22,6 @@ def say(text: str, *, aside: bool = False, end: str = "\n") -> None:
 def mute(out: TextIO) -> None:
     """Sends nowhere what `out` still holds and gets: what else prints must not fail, nor Python
     when it ends."""
-    with suppress(OSError, ValueError):  # a stream of a test has no file
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, out.fileno())
-        os.close(nowhere)
+    # ValueError: a stream of a test has no file
+    with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), out.fileno())

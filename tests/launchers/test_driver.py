@@ -275,6 +275,12 @@ def test_fail_fast_stops_those_that_run_and_starts_no_others(sweep: Sweep) -> No
     assert [one.stops for one in place.handles] == [0, 1]
 
 
+def test_fail_fast_counts_a_job_that_cannot_be_started(sweep: Sweep) -> None:
+    place = Place({"a": [Run(looks=1000)]}, parallel=2, refuses=("b",))
+    assert sweep.run(place, fail_fast=True) == 1
+    assert place.started == ["a"] and place.handles[0].stops == 1
+
+
 def test_a_dry_run_touches_nothing(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     place = Place()
     assert sweep.run(place, dry_run=True) == 0
@@ -592,7 +598,9 @@ def test_ctrl_c_asks_the_jobs_to_save(sweep: Sweep, capsys: pytest.CaptureFixtur
     place = Place({"a": [Run(looks=1000, act=interrupting(1))]})
     assert sweep.run(place) == 75
     assert place.started == ["a"] and place.handles[0].stops == 1
-    assert "1 job saves and ends; Ctrl-C again ends it at once" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 job saves and ends; Ctrl-C again ends it at once" in said
+    assert said.endswith("The same command goes on with what is not done.\n")
     assert read_json(sweep.folder / "summary.json") is not None
     assert signal.getsignal(signal.SIGINT) is before
     again = Place()

@@ -99,6 +99,15 @@ def test_what_cannot_be_followed_is_refused(
     assert "--follow: stands alone or with --logs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("act", [["--sweep-up"], ["--compare", "a", "b"]])
+def test_a_folder_that_nothing_would_look_at_is_refused(
+    act: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        runs.main(["outputs", *act])
+    assert "argument FOLDER: " in capsys.readouterr().err
+
+
 def test_an_outputs_folder_goes_on_between_two_jobs_of_a_sweep(tmp_path: Path) -> None:
     """Its next job is not on record yet."""
     folder = make_lrs(tmp_path, **{"1": {"losses": [0.5]}, "2": {}})

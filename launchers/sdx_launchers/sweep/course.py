@@ -68,7 +68,7 @@ class Course:
 
     def begin(self, jobs: Sequence[Job], *, retry_failed: bool) -> list[Job]:
         """Starts jobs; one that somebody else has started since it was looked at is waited for.
-        Returns those that are over, as somebody else has done them.
+        Returns those that are over: somebody else has done them, or they cannot be started.
 
         Raises:
             StoreError: a store does not say how they stand; none was started.
@@ -87,8 +87,7 @@ class Course:
             raise
         except OSError as error:  # a full disk
             self._refuse(jobs, error)
-            return []
-        over: list[Job] = []
+            return [*jobs]
         for one in standings:
             if one.handle is not None:
                 self.attach(one.handle)
@@ -97,8 +96,7 @@ class Course:
                 assert one.status is not None
                 self.ended[one.job.name] = Ended(one.status, one.reason)
                 self.told.settled(one.job, self.ended[one.job.name])
-                over.append(one.job)
-        return over
+        return [job for job in jobs if job.name in self.ended]
 
     def attach(self, handle: Handle) -> None:
         """Waits for a job that was started before."""
@@ -196,10 +194,14 @@ def run(
             pending.append(one.job)
         else:
             course.attach(one.handle)
+
+    def is_enough(over: Sequence[Job]) -> bool:
+        return fail_fast and any(course.ended[job.name].status is Status.failed for job in over)
+
     heard, is_stopping = 0, False
     while pending or course.running:
         over: list[Job] = []
-        while not signals.count and (room := _room(course, len(pending))) > 0:
+        while not signals.count and not is_enough(over) and (room := _room(course, len(pending))):
             try:
                 over += course.begin([*islice(pending, room)], retry_failed=retry_failed)
             except StoreError as error:
@@ -211,7 +213,6 @@ def run(
         if launcher.detach and not pending:
             return
         over += course.look()
-        failed = any(course.ended[job.name].status is Status.failed for job in over)
         for job in over:
             if course.was_left(job) and not is_stopping:
                 course.told.left(job)
@@ -221,7 +222,7 @@ def run(
             pending.clear()
         if signals.count and launcher.outlives_driver:
             return
-        if signals.count > heard or (fail_fast and failed and not is_stopping):
+        if signals.count > heard or (is_enough(over) and not is_stopping):
             heard, is_stopping = signals.count, True
             pending.clear()
             course.stop()
@@ -241,4 +242,4 @@ def _room(course: Course, pending: int) -> int:
     if launcher.takes_all:
         return pending
     limit = course.max_parallel or launcher.parallel or pending + len(course.running)
-    return min(pending, limit - len(course.running), 1)
+    return max(0, min(pending, limit - len(course.running), 1))

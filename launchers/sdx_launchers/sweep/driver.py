@@ -172,7 +172,10 @@ def _run(
     were_refused = any(ended.status is Status.failed for ended in jobs.ended.values())
     if launcher.detach and not signals.count and jobs.running and not were_refused:
         return FINISHED
-    return exit_code([_status(one, jobs, {other.job.name for other in todo}) for one in standings])
+    code = exit_code([_status(one, jobs, {other.job.name for other in todo}) for one in standings])
+    if code == INTERRUPTED and not jobs.running:
+        say("The same command goes on with what is not done.")
+    return code
 
 
 def conclude(folder: Path, *, still_running: int) -> None:
