@@ -5,7 +5,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,14 +51,13 @@ class Cloud:
         self,
         output_dir: str,
         *names: str,
-        command: str = "train",
+        command: Sequence[str] = ("train",),
         variables: Mapping[str, str] = VARIABLES,
     ) -> Iterator[Processes]:
         """The sweep of one job, running; killed on leaving where it has not ended. Its processes
         have `variables`, and those of this process with such `names`."""
         arguments = [
             "run_on=tpu_v4_32", "hardware.simulate=true", *ONE_JOB,
-            f"data.cache_dir={self.folder / 'mount' / 'cache'}",
             "hardware.num_devices=4", "hardware.num_hosts=4", f"run.output_dir={output_dir}",
             f"distributed.coordinator_address=127.0.0.1:{free_port()}",
             "hydra.launcher.project=a-project", "hydra.launcher.zone=us-central2-b",
@@ -69,7 +68,7 @@ class Cloud:
             *ssh_overrides(self.workers),
         ]  # fmt: skip
         own = {**variables, "XDG_STATE_HOME": str(self.folder / "state")}
-        process = self.tree.start(command, *arguments, where=self.folder, environment=own)
+        process = self.tree.start(*command, *arguments, where=self.folder, environment=own)
         processes = Processes([process])
         try:
             yield processes
@@ -192,7 +191,8 @@ def test_a_worker_that_fails_ends_the_job_and_is_named(cloud: Cloud) -> None:
 
 def test_an_encoding_is_shared_by_the_workers(cloud: Cloud) -> None:
     place = str(cloud.folder / "mount" / "runs")
-    with cloud.typed(place, command="encode", variables=COMPILES) as sweep:
+    encode = ("encode", f"data.cache_dir={cloud.folder / 'mount' / 'cache'}")
+    with cloud.typed(place, command=encode, variables=COMPILES) as sweep:
         ended = sweep.end(DEADLINE_S)
     said = str(ended)
     assert ended.codes == [0] and "complete and verified" in said, said
