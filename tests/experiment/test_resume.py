@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,22 +88,24 @@ def assert_same_run(left: Path, right: Path, rows: Rows) -> None:
     assert (left / picture).read_bytes() == (right / picture).read_bytes()
 
 
+def trained(folder: Path, overrides: Sequence[str]) -> Path:
+    """The folder of a run that has come to its end in `folder`."""
+    command = Command(folder)
+    code, output = command.run(*overrides)
+    assert code == 0, output
+    return command.path("run")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing happened to."""
-    command = Command(tmp_path_factory.mktemp("whole"))
-    code, output = command.run(*RUN)
-    assert code == 0, output
-    return command.path("run")
+    return trained(tmp_path_factory.mktemp("whole"), RUN)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The short run, of which every test has a copy."""
-    command = Command(tmp_path_factory.mktemp("finished"))
-    code, output = command.run(*SHORT)
-    assert code == 0, output
-    return command.path("run")
+    return trained(tmp_path_factory.mktemp("finished"), SHORT)
 
 
 @pytest.fixture
