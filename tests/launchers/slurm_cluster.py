@@ -97,6 +97,11 @@ class Cluster:
         _until(f"the end of job {job}", lambda: self._told(job, "JobState") not in _GOES_ON)
         return self._told(job, "JobState"), self._told(job, "ExitCode")
 
+    def accounted(self, job: str) -> str:
+        """What sacct says of a job, a short while after it was so."""
+        whole = ("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job}")
+        return self.run(*whole, "--format=State").strip()
+
     def _told(self, job: str, what: str) -> str:
         words = self.run("scontrol", "show", "job", "--oneliner", job).split()
         return next(word.partition("=")[2] for word in words if word.startswith(f"{what}="))

@@ -181,6 +181,7 @@ def test_a_fault_of_one_rank_fails_the_job_and_is_named(faulty: Typed, slurm: Cl
     assert code == 1, output
     run, shell = run_of(faulty, "faulty"), faulty.shell
     assert slurm.end(shell.id(run)) == ("FAILED", "1:0")
+    until(lambda: slurm.accounted(shell.id(run)) == "FAILED")
     assert slurm.requeues(shell.id(run)) == 0
     assert shell.status(run) == "failed"
     rank, fault = "process 1 of 2 on ", "ArithmeticError: a fault planted in rank 1"

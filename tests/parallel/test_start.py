@@ -26,8 +26,9 @@ def test_parts_are_those_of_one_draw(law: str) -> None:
     parts = draw_parts(law, key, [11, 400], shape)
     for part, start in zip(parts, (11, 400), strict=True):
         expected = pool[start : start + prod(shape)].reshape(shape)
-        # erfinv rounds by where a vector ends: 1 with jax 0.10, 2 with 0.12; other draws are far
-        np.testing.assert_array_max_ulp(np.asarray(part), np.asarray(expected), maxulp=4)
+        # erfinv rounds by where a vector ends, with jax 0.12 by one more; other draws are far
+        most = 1 if jax.__version_info__ < (0, 12) else 2
+        np.testing.assert_array_max_ulp(np.asarray(part), np.asarray(expected), maxulp=most)
 
 
 def test_no_device_draws_what_it_does_not_hold() -> None:
